@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict JAX settings, one compile cache for all workers, and the fixtures' folder."""
+
+import os
+import pathlib
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path.home() / ".cache" / "qmoe_jax" / "xla")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+    """Checkpoints written by T5X and goldens of the published QMoE code."""
+    return pathlib.Path(__file__).parent / "data"
