@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What packed experts take, in bits per expert weight, and the entropy they are measured against.
+
+Everything stored is counted. The dictionary of the "qmoe" codec is implied by the codec's name and
+takes no stored bit; whole-model rates, with manifests and what stays uncompressed, are file bytes
+over parameters and are not taken here.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from pallas_kernels import packed as packed_lib
+from pallas_kernels.packed import PackedExperts, UniformExperts
+from qmoe_jax.codec import dictionary
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredBits:
+    """Bits on disk of one matrix of all its experts; padding of the layout in memory left out."""
+
+    weights: int
+    codes: int
+    row_lengths: int  # word count of each row: 16 bits where all of the matrix fit, else 32
+    row_values: int  # min and max, or scale and zero
+
+    @property
+    def payload(self) -> float:
+        """Bits per weight of the codes alone."""
+        return self.codes / self.weights
+
+    @property
+    def total(self) -> float:
+        """Bits per weight of everything stored."""
+        return (self.codes + self.row_lengths + self.row_values) / self.weights
+
+
+def bits_per_weight(packed: PackedExperts | UniformExperts) -> StoredBits:
+    """Counts the stored bits of a record; reads row starts but no codes."""
+    weights = int(np.prod(packed.shape, dtype=np.int64))
+    if isinstance(packed, UniformExperts):
+        values = 8 * (packed.scale.nbytes + packed.zero.nbytes)
+        return StoredBits(weights, 8 * packed.codes.nbytes, 0, values)
+    row_starts = np.asarray(packed.row_starts)
+    words = int(row_starts[:, -1].sum(dtype=np.int64))
+    row_lengths = np.diff(row_starts, axis=1)
+    bits = 16 if row_lengths.max() < 2**16 else 32
+    return StoredBits(weights, 16 * words, bits * row_lengths.size, 8 * packed.row_values.nbytes)
+
+
+def zero_fraction(packed: PackedExperts) -> float:
+    """Share of weights stored as trit 0; reads every code, on the host.
+
+    Packing stores a trit whose row value is 0 as trit 0, so this is the share of zero weights.
+    """
+    host = packed_lib.to_host(packed)
+    nonzeros = packed_lib.entry_count(dictionary.nonzero_table()).astype(np.uint8)
+    experts = range(packed.shape[0])
+    found = (nonzeros[packed_lib.expert_words(host, e)].sum(dtype=np.int64) for e in experts)
+    return 1 - int(sum(found)) / int(np.prod(packed.shape, dtype=np.int64))
+
+
+def entropy(counts: Sequence[float | int] | np.ndarray) -> float:
+    """Bits per symbol of a source with these counts (or probabilities): no code can take fewer.
+
+    Raises:
+      ValueError: a negative count, or none above zero.
+    """
+    counts = np.asarray(counts, np.float64)
+    if counts.min(initial=0) < 0 or not counts.sum() > 0:
+        raise ValueError(f"`counts` must be non-negative and not all zero, got {counts}")
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.sum(shares * np.log2(1 / shares)))
