@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directories as TensorStore key-value stores: local paths and URLs take one road."""
+
+import os
+
+import tensorstore as ts
+
+from qmoe_jax.checkpoints.errors import CheckpointError
+
+# What TensorStore raises when a store cannot be reached or a stored array cannot be decoded.
+FAILURES = (ValueError, RuntimeError, OSError, LookupError)
+
+
+def location(path: str | os.PathLike[str]) -> str:
+    """The absolute path, or the URL (`gs://`, `s3://`, `https://`, ...), without a final slash."""
+    text = os.fspath(path)
+    return text.rstrip("/") if "://" in text else os.path.abspath(text)
+
+
+def open_store(directory: str) -> ts.KvStore:
+    """Opens the directory named by `location`; it need not exist yet.
+
+    Raises:
+      CheckpointError: the URL is of a kind that TensorStore does not know.
+    """
+    folder = directory.rstrip("/") + "/"
+    spec = folder if "://" in folder else {"driver": "file", "path": folder}
+    try:
+        return ts.KvStore.open(spec).result()
+    except FAILURES as error:
+        raise CheckpointError(
+            f"cannot open `{directory}`: {error}. Give a local path or a gs://, s3://, file:// or "
+            "https:// URL."
+        ) from error
+
+
+def read_files(store: ts.KvStore, keys: list[str]) -> list[bytes | None]:
+    """The contents of several files, read concurrently; None stands for a file that is not there.
+
+    Raises:
+      CheckpointError: a file is there or may be, but cannot be read.
+    """
+    pending = [store.read(key) for key in keys]
+    contents = []
+    for key, future in zip(keys, pending, strict=True):
+        try:
+            result = future.result()
+        except FAILURES as error:
+            raise CheckpointError(
+                f"cannot read `{key}` in {store.path}: {error}. Check that the path is right and "
+                "may be read from here."
+            ) from error
+        contents.append(result.value if result.state == "value" else None)
+    return contents
+
+
+def list_files(store: ts.KvStore, prefix: str) -> list[str]:
+    """Relative names of all files, at any depth, whose name starts with `prefix` (not empty).
+
+    Raises:
+      CheckpointError: the store cannot be listed (plain HTTP servers cannot).
+    """
+    end = prefix[:-1] + chr(ord(prefix[-1]) + 1)
+    try:
+        keys = store.list(ts.KvStore.KeyRange(prefix, end)).result()
+    except FAILURES as error:
+        raise CheckpointError(
+            f"cannot list {store.path}: {error}. Give the directory of one step instead."
+        ) from error
+    return [key.decode("utf-8", errors="replace") for key in keys]

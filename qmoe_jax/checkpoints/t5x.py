@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reads checkpoints of the classic T5X layout (T5X: t5x/checkpoints.py).
+
+`checkpoint_{step}/checkpoint` is one msgpack file: a tree whose leaves are inline arrays or point
+to zarr v2 arrays in directories beside it. Opening reads that file alone.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import re
+import reprlib
+import types
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import tensorstore as ts
+from jaxtyping import Shaped
+
+from qmoe_jax.checkpoints import kvstore, t5x_msgpack, t5x_tree
+from qmoe_jax.checkpoints.errors import CheckpointError
+
+_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
+_ORBAX_FILES = [folder + name for folder in ("", "state/") for name in _ORBAX]
+_MAX_SLACK = 1 << 30  # bytes by which one chunk may exceed its whole array
+
+
+@dataclasses.dataclass(frozen=True)
+class T5xCheckpoint:
+    """An opened checkpoint: no array has been read."""
+
+    path: str  # the step's directory or URL
+    step: int | None
+    version: int
+    leaves: Mapping[str, t5x_tree.Leaf]  # "encoder/layers_1/mlp/expert/wi/kernel" -> leaf
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> T5xCheckpoint:
+    """Reads a checkpoint's msgpack file and no array.
+
+    Args:
+      path: directory of a step, or the directory above it, whose newest step is then taken; local
+        or a URL that TensorStore can open.
+
+    Raises:
+      CheckpointError: nothing there, another format, or a malformed file.
+    """
+    location = kvstore.location(path)
+    store = kvstore.open_store(location)
+    content, *orbax = kvstore.read_files(store, ["checkpoint", *_ORBAX_FILES])
+    if any(found is not None for found in orbax):
+        raise CheckpointError(f"{location} is {t5x_tree.ORBAX}")
+    if content is None:
+        return open_checkpoint(f"{location}/checkpoint_{_newest_step(store, location)}")
+    try:
+        return _parse(location, content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{location}/checkpoint: {error}") from error
+
+
+def _newest_step(store: ts.KvStore, location: str) -> int:
+    """The largest step below a directory, of any format: an older readable one is no substitute."""
+    markers = "|".join(re.escape(name) for name in ["checkpoint", *_ORBAX_FILES])
+    pattern = re.compile(rf"checkpoint_(\d+)/(?:{markers})")
+    matches = [pattern.fullmatch(name) for name in kvstore.list_files(store, "checkpoint_")]
+    steps = [int(match[1]) for match in matches if match]
+    if not steps:
+        raise CheckpointError(
+            f"{location} holds neither a T5X checkpoint (a file `checkpoint`) nor directories "
+            "`checkpoint_{step}` with one; give the directory of the step."
+        )
+    return max(steps)
+
+
+def _parse(location: str, content: bytes) -> T5xCheckpoint:
+    if content.startswith(b"model_checkpoint_path"):
+        raise CheckpointError(
+            "this is the index of a TensorFlow checkpoint; convert it first "
+            "(T5X: checkpoints.Checkpointer.convert_from_tf_checkpoint)."
+        )
+    try:
+        tree = t5x_msgpack.unpack(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}; this is no T5X checkpoint, or a damaged copy.") from error
+    version = tree.get("version", 0)
+    if isinstance(version, bool) or version not in (0, 2, 3):
+        raise CheckpointError(
+            f"version {reprlib.repr(version)}; this reader knows versions 0, 2 and 3."
+        )
+    state = tree.get("optimizer") if "optimizer" in tree or version else tree
+    if not isinstance(state, dict) or not isinstance(state.get("target"), dict):
+        raise CheckpointError("it holds no `target` parameters; is it a T5X training state?")
+    leaves = t5x_tree.parameters(state["target"], int(version))
+    step = _step(state.get("state"), location)
+    return T5xCheckpoint(location, step, int(version), types.MappingProxyType(leaves))
+
+
+def _step(state: object, location: str) -> int | None:
+    """The training step: as stored, else as in the directory's name."""
+    if isinstance(state, dict) and "step" in state:
+        value = state["step"]
+        step = t5x_msgpack.decode_array(value) if t5x_msgpack.is_array(value) else value
+        if isinstance(step, np.ndarray) and step.size == 1 and step.dtype.kind in "iu":
+            return int(step.item())
+        if isinstance(step, int):
+            return int(step)
+        raise CheckpointError(
+            f"its `step` is no integer: {reprlib.repr(value)}; the file is damaged."
+        )
+    match = re.search(r"checkpoint_(\d+)$", location)
+    return int(match[1]) if match else None
+
+
+def shapes(checkpoint: T5xCheckpoint) -> dict[str, tuple[int, ...]]:
+    """Every parameter's shape, by its path in the tree."""
+    return {name: leaf.shape for name, leaf in checkpoint.leaves.items()}
+
+
+def find_leaf(checkpoint: T5xCheckpoint, name: str) -> t5x_tree.Leaf:
+    """The parameter of that path.
+
+    Raises:
+      CheckpointError: there is none; the message suggests a near one.
+    """
+    if name in checkpoint.leaves:
+        return checkpoint.leaves[name]
+    near = difflib.get_close_matches(name, checkpoint.leaves, n=1, cutoff=0.0)
+    hint = f" Did you mean `{near[0]}`?" if near else ""
+    raise CheckpointError(f"{checkpoint.path} has no parameter `{name}`.{hint}")
+
+
+@contextlib.contextmanager
+def explained(checkpoint: T5xCheckpoint, name: str) -> Iterator[None]:
+    """Turns what TensorStore raises inside into a `CheckpointError` about parameter `name`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except kvstore.FAILURES as error:
+        raise CheckpointError(
+            f"cannot read `{name}` of {checkpoint.path}: {error}. The copy is incomplete or "
+            "damaged: copy that array's directory again (with its dotfile `.zarray`)."
+        ) from error
+
+
+def open_arrays(checkpoint: T5xCheckpoint, names: Sequence[str]) -> dict[str, ts.TensorStore]:
+    """Opens those of the named parameters that are zarr arrays, concurrently.
+
+    An array of a version-2 file may hold uint16 where its leaf says bfloat16: the same bits.
+
+    Raises:
+      CheckpointError: unknown name; `.zarray` missing, malformed or unlike the msgpack's record.
+    """
+    store = kvstore.open_store(checkpoint.path)
+    # A missing chunk file must fail: zarr's rule would read it as zeros.
+    spec = {"driver": "zarr", "fill_missing_data_reads": False}
+    directories = {name: find_leaf(checkpoint, name).directory for name in names}
+    pending = {
+        name: ts.open(spec, kvstore=store / directory, open=True, read=True)
+        for name, directory in directories.items()
+        if directory is not None
+    }
+    arrays = {}
+    for name, future in pending.items():
+        with explained(checkpoint, name):
+            arrays[name] = future.result()
+            _check_array(arrays[name], checkpoint.leaves[name], checkpoint.version)
+    return arrays
+
+
+def _check_array(array: ts.TensorStore, leaf: t5x_tree.Leaf, version: int) -> None:
+    if tuple(array.shape) != leaf.shape:
+        raise ValueError(f"`checkpoint` says shape {leaf.shape}, `.zarray` {tuple(array.shape)}")
+    dtype = array.dtype.numpy_dtype
+    if t5x_tree.meant_dtype(dtype, version) != leaf.dtype:
+        raise ValueError(f"`checkpoint` says dtype {leaf.dtype.name}, `.zarray` {dtype.name}")
+    # TensorStore allocates a whole chunk before it looks at the file.
+    chunk_bytes = math.prod(_stored_chunks(array)) * dtype.itemsize
+    if chunk_bytes > math.prod(leaf.shape) * dtype.itemsize + _MAX_SLACK:
+        raise ValueError(f"`.zarray` says {chunk_bytes} bytes a chunk, more than the whole array")
+
+
+def chunk_shape(checkpoint: T5xCheckpoint, name: str) -> tuple[int, ...]:
+    """Shape of the chunks a parameter is stored in, at most its own; its own if it is inline.
+
+    Raises:
+      CheckpointError: see `open_arrays`.
+    """
+    leaf = find_leaf(checkpoint, name)
+    if leaf.directory is None:
+        return leaf.shape
+    return clipped_chunks(open_arrays(checkpoint, [name])[name])
+
+
+def clipped_chunks(array: ts.TensorStore) -> tuple[int, ...]:
+    """An array's chunk shape, at most the array's own."""
+    return tuple(map(min, _stored_chunks(array), array.shape))
+
+
+def _stored_chunks(array: ts.TensorStore) -> tuple[int, ...]:
+    return tuple(size or 1 for size in array.chunk_layout.read_chunk.shape or ())
+
+
+def read_many(
+    checkpoint: T5xCheckpoint, names: Sequence[str]
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Reads several parameters concurrently, each in its stored dtype, into fresh arrays.
+
+    Raises:
+      CheckpointError: unknown name; a file missing, damaged or unlike the msgpack's record.
+    """
+    arrays = open_arrays(checkpoint, names)
+    pending = {name: array.read() for name, array in arrays.items()}
+    values = {}
+    for name in names:
+        leaf = checkpoint.leaves[name]
+        if leaf.inline is not None:
+            values[name] = leaf.inline.copy()
+            continue
+        with explained(checkpoint, name):
+            values[name] = pending[name].result().view(leaf.dtype)
+    return values
+
+
+def read(checkpoint: T5xCheckpoint, name: str) -> Shaped[np.ndarray, "..."]:
+    """Reads one parameter; see `read_many`."""
+    return read_many(checkpoint, [name])[name]
