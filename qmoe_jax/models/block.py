@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One block of the model, dense or sparse, as a unit that runs on its own parameters.
+
+A sparse block falls into three, so that its experts need not be in memory together: `dense_part`,
+the experts applied to `norm_mlp` of the residual's rows, and `x + prob * experts(...)`.
+"""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
+
+from qmoe_jax.models.attention import Attention, Masks
+from qmoe_jax.models.config import ATTENTIONS, Stack, SwitchConfig, sparse_layers
+from qmoe_jax.models.layers import Mlp, RmsNorm, add_residual, zero_padding
+from qmoe_jax.models.moe import ExpertsFn, MoeMlp
+from qmoe_jax.models.routing import Capacity
+
+
+class Block(nn.Module):
+    """`layers_{i}` of either stack: attentions, then an MLP or experts.
+
+    Each of these takes normed inputs and adds its output to the residual stream.
+
+    Attributes:
+      sparse: whether the MLP is a set of experts.
+      dtype: of the sub-layers; the residual stream becomes float32 at the first sparse block.
+      experts, capacity: see `MoeMlp`; of no effect in a dense block.
+    """
+
+    config: SwitchConfig
+    stack: Stack
+    sparse: bool
+    dtype: DTypeLike = jnp.float32
+    experts: ExpertsFn | None = None
+    capacity: Capacity = "none"
+
+    def setup(self) -> None:
+        config = self.config
+        for attention, norm in ATTENTIONS[self.stack]:
+            setattr(self, norm, RmsNorm(self.dtype))
+            setattr(self, attention, Attention(config, self.dtype))
+        self.pre_mlp_layer_norm = RmsNorm(self.dtype)
+        if self.sparse:
+            self.mlp = MoeMlp(config, self.experts, self.capacity)
+        else:
+            rate = config.dropout_rate
+            self.mlp = Mlp(config.mlp_dim, config.mlp_activations, rate, self.dtype)
+        self.dropout = sublayer_dropout(config)
+
+    def __call__(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        masks: Masks,
+        bias_HLL: Float[Array, "H L L"],
+        encoded_BSD: Float[Array, "B S D"] | None = None,
+        *,
+        enable_dropout: bool = False,
+    ) -> Float[Array, "B L D"]:
+        """The residual stream `x_BLD` after the block; the decoder needs `encoded_BSD`."""
+        x_BLD = self._attend(x_BLD, masks, bias_HLL, encoded_BSD, enable_dropout)
+        y_BLD = zero_padding(self.pre_mlp_layer_norm(x_BLD), masks.valid)
+        if isinstance(self.mlp, MoeMlp):
+            y_BLD = self.mlp(y_BLD, masks.valid, enable_dropout=enable_dropout)
+        else:
+            y_BLD = self.mlp(y_BLD, enable_dropout=enable_dropout)
+        return add_residual(x_BLD, self.dropout(y_BLD, deterministic=not enable_dropout))
+
+    def dense_part(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        masks: Masks,
+        bias_HLL: Float[Array, "H L L"],
+        encoded_BSD: Float[Array, "B S D"] | None = None,
+    ) -> tuple[Float[Array, "B L D"], Int[Array, "B L"], Float[Array, "B L"]]:
+        """A sparse block up to its experts, whose parameters it does not need.
+
+        Returns:
+          The residual stream after attention; the expert of each token, E for dropped ones and
+          for padding; the float32 probability that multiplies the expert's output.
+
+        Raises:
+          ValueError: the block is dense.
+        """
+        if not isinstance(self.mlp, MoeMlp):
+            raise ValueError("`dense_part` is for sparse blocks: a dense one has no experts.")
+        x_BLD = self._attend(x_BLD, masks, bias_HLL, encoded_BSD, False)
+        y_BLD = zero_padding(self.pre_mlp_layer_norm(x_BLD), masks.valid)
+        return x_BLD, *self.mlp.route(y_BLD, masks.valid)
+
+    def norm_mlp(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
+        """What the MLP or the experts take: normed rows of the residual stream, in `dtype`."""
+        return self.pre_mlp_layer_norm(x_ND)
+
+    def _attend(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        masks: Masks,
+        bias_HLL: Float[Array, "H L L"],
+        encoded_BSD: Float[Array, "B S D"] | None,
+        enable_dropout: bool,
+    ) -> Float[Array, "B L D"]:
+        for attention, norm in ATTENTIONS[self.stack]:
+            y_BLD = zero_padding(getattr(self, norm)(x_BLD), masks.valid)
+            if attention == "encoder_decoder_attention":
+                arguments = (encoded_BSD, masks.cross, None)
+            else:
+                arguments = (y_BLD, masks.attention, bias_HLL)
+            y_BLD = getattr(self, attention)(y_BLD, *arguments, enable_dropout=enable_dropout)
+            x_BLD = add_residual(x_BLD, self.dropout(y_BLD, deterministic=not enable_dropout))
+        return x_BLD
+
+
+def make_block(
+    config: SwitchConfig,
+    stack: Stack,
+    index: int,
+    dtype: DTypeLike = jnp.float32,
+    experts: ExpertsFn | None = None,
+    capacity: Capacity = "none",
+) -> Block:
+    """Block `index` of `stack`; its parameters are those below `{stack}/layers_{index}`.
+
+    Dense blocks of a stack are equal as modules, and so are sparse ones: a function jitted with
+    the block as a static argument compiles once for each kind.
+    """
+    sparse = index in sparse_layers(config, stack)
+    return Block(config, stack, sparse, dtype, experts, capacity)
+
+
+def sublayer_dropout(config: SwitchConfig) -> nn.Dropout:
+    """The dropout after sub-layers, embeddings and final norms: one mask for all positions."""
+    return nn.Dropout(config.dropout_rate, broadcast_dims=(-2,))
