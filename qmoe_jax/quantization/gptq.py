@@ -11,7 +11,7 @@ Hessian factored as `H = M M^T`, M upper triangular, its column update is exactl
 in both axes, is all the linear algebra: the inverse Hessian of the usual formulation is never
 formed. The sum is taken left-looking, so that no weight is written twice:
 
-    superblock    a static slice: everything before it, one large product
+    superblock    an eighth of the columns: all that came before it, one large product
       block       `block_size` columns: what came before it in the superblock, one product
         strip     16 columns: what came before it in the block, one product
           column  what came before it in the strip
@@ -33,7 +33,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 from qmoe_jax.quantization import grids
 
 STRIP = 16  # columns solved one after another between two products
+UNROLLED = 8  # of those, fused; more would make XLA compute columns again for each use
 SUPERBLOCKS = 8  # bounds both the program's size and the zeros multiplied (one in 8)
+ERROR_ROWS = 256  # rows that the reported error is measured on
 MIN_DAMPING = 1e-6
 
 
@@ -51,7 +53,7 @@ class Quantized:
     grid: Float[Array, "2 E R G"]
     kernel: Float[Array, "E C R"]  # dequantized, T5X's axes
     not_pd: Bool[Array, " E"]  # the Hessian was not positive definite: rounded to nearest
-    error: Float[Array, " E"]  # |W - Q|^2 / |W|^2, each norm under the damped Hessian
+    error: Float[Array, " E"]  # |W - Q|^2 / |W|^2 under the damped Hessian; of up to 256 rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,30 +129,29 @@ def gptq(
     W_ECR = jnp.pad(W_ECR, ((0, 0), (0, padding), (0, 0)))
     M_ECC = _pad_with_identity(M_ECC, padding)
 
-    levels_ECR, grid_2EGR, Q_ECR, error_E = _solve(W_ECR, M_ECC, bits, block, group, store_bfloat16)
-    energy_E = _upper_product_norm(M_ECC, W_ECR)
-    back_EC = jnp.argsort(order_EC, axis=1)
+    levels_ECR, grid_2EGR, D_ECR = _solve(W_ECR, M_ECC, bits, block, group, store_bfloat16)
+    Q_ECR = grids.dequantize(levels_ECR, _per_column(grid_2EGR, levels_ECR.shape[1]), bits)
+    back_EC = None if order_EC is None else jnp.argsort(order_EC, axis=1)
     return Quantized(
         levels=_take(levels_ECR[:, :C], back_EC).mT,
         grid=grid_2EGR[:, :, : -(-C // (group or C))].swapaxes(2, 3),
         kernel=_take(Q_ECR[:, :C], back_EC),
         not_pd=not_pd_E,
-        error=error_E / energy_E,
+        error=_relative_error(M_ECC, D_ECR, W_ECR),
     )
 
 
 def _factor(
     H_ECC: Float[Array, "E C C"], options: GptqOptions
-) -> tuple[Int[Array, "E C"], Float[Array, "E C C"], Bool[Array, " E"]]:
+) -> tuple[Int[Array, "E C"] | None, Float[Array, "E C C"], Bool[Array, " E"]]:
     """The order of the columns, and in it the upper triangular M of `H + damping = M M^T`."""
-    E, C = H_ECC.shape[:2]
+    C = H_ECC.shape[1]
     diagonal_EC = jnp.diagonal(H_ECC, axis1=1, axis2=2)
     damping_E1 = jnp.maximum(options.damping * diagonal_EC.mean(1, keepdims=True), MIN_DAMPING)
+    order_EC = None
     if options.activation_order:
         order_EC = jnp.argsort(-diagonal_EC, axis=1)
         H_ECC = _take(_take(H_ECC, order_EC).mT, order_EC).mT
-    else:
-        order_EC = jnp.broadcast_to(jnp.arange(C), (E, C))
     H_ECC = H_ECC + damping_E1[..., None] * jnp.eye(C, dtype=H_ECC.dtype)[None]
     L_ECC = lax.linalg.cholesky(H_ECC[:, ::-1, ::-1], symmetrize_input=False)
     not_pd_E = ~jnp.isfinite(L_ECC).all((1, 2))
@@ -159,78 +160,61 @@ def _factor(
 
 
 def _solve(W_ECR, M_ECC, bits, block, group, store_bfloat16):
-    """The column recursion; everything padded to whole blocks. Returns levels, grid, Q, error."""
+    """The column recursion; everything padded to whole blocks. Returns levels, grid and D."""
     E, C, R = W_ECR.shape
     scaled_ECC = M_ECC / jnp.diagonal(M_ECC, axis1=1, axis2=2)[:, None, :]
-    row_grid_2ER = grids.fit(W_ECR, bits, store_bfloat16)
     groups = C // group if group else 1
-
-    D_ECR = jnp.zeros_like(W_ECR)
-    levels_ECR = jnp.zeros(W_ECR.shape, jnp.uint8)
+    row_grid_2ER = grids.fit(W_ECR, bits, store_bfloat16)
     grid_2EGR = jnp.broadcast_to(row_grid_2ER[:, :, None, :], (2, E, groups, R))
-    state = (D_ECR, levels_ECR, grid_2EGR)
-    width = -(-C // (block * SUPERBLOCKS)) * block
-    for start in range(0, C, width):
-        stop = min(start + width, C)
-        # The large product of everything before, once for the whole superblock.
-        before_EcR = _mT_times(scaled_ECC[:, :start, start:stop], state[0][:, :start])
-        body = functools.partial(
-            _solve_block,
-            W_ECR=W_ECR,
-            M_ECC=M_ECC,
-            scaled_ECC=scaled_ECC,
-            before_EcR=before_EcR,
-            superblock=(start, stop),
-            bits=bits,
-            block=block,
-            group=group,
-            store_bfloat16=store_bfloat16,
-        )
-        state = lax.fori_loop(start // block, stop // block, body, state)
-    D_ECR, levels_ECR, grid_2EGR = state
-    Q_ECR = grids.dequantize(levels_ECR, _per_column(grid_2EGR, C), bits)
-    return levels_ECR, grid_2EGR, Q_ECR, _upper_product_norm(M_ECC, D_ECR)
+    per_superblock = -(-C // (block * SUPERBLOCKS))
+    width = per_superblock * block
+
+    def solve_block(index, state):
+        D_ECR, levels_ECR, grid_2EGR, before_EcR = state
+        at, inside = index * block, index % per_superblock * block
+        start = at - inside
+        before_EcR = _superblock_update(scaled_ECC, D_ECR, before_EcR, width, start, inside == 0)
+        scaled_EcB = lax.dynamic_slice(scaled_ECC, (0, start, at), (E, width, block))
+        update_EBR = lax.dynamic_slice_in_dim(before_EcR, inside, block, 1)
+        if per_superblock > 1:
+            # Columns not yet solved are still zero in D.
+            update_EBR += _mT_times(scaled_EcB, lax.dynamic_slice_in_dim(D_ECR, start, width, 1))
+        W_EBR = lax.dynamic_slice_in_dim(W_ECR, at, block, 1)
+        if group:
+            M_EBB = lax.dynamic_slice(M_ECC, (0, at, at), (E, block, block))
+            lazy_EBR = W_EBR + _update_by_earlier_blocks(update_EBR, M_EBB)
+            fitted_2EgR = _fit_groups(lazy_EBR, bits, group, store_bfloat16)
+            grid_2EGR = lax.dynamic_update_slice_in_dim(grid_2EGR, fitted_2EgR, at // group, 2)
+            grid_2EBR = _per_column(fitted_2EgR, block)
+        else:
+            grid_2EBR = _per_column(grid_2EGR, block)
+        scaled_EBB = lax.dynamic_slice_in_dim(scaled_EcB, inside, block, 1)
+        D_EBR, levels_EBR = _solve_strips(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EBR, bits)
+        D_ECR = lax.dynamic_update_slice_in_dim(D_ECR, D_EBR, at, 1)
+        levels_ECR = lax.dynamic_update_slice_in_dim(levels_ECR, levels_EBR, at, 1)
+        return D_ECR, levels_ECR, grid_2EGR, before_EcR
+
+    # The last superblock may reach past the columns: room for its slices.
+    rest = -C % width
+    scaled_ECC = jnp.pad(scaled_ECC, ((0, 0), (0, rest), (0, rest)))
+    D_ECR = jnp.zeros((E, C + rest, R))
+    state = (D_ECR, jnp.zeros(W_ECR.shape, jnp.uint8), grid_2EGR, jnp.zeros((E, width, R)))
+    D_ECR, levels_ECR, grid_2EGR, _ = lax.fori_loop(0, C // block, solve_block, state)
+    return levels_ECR, grid_2EGR, D_ECR[:, :C]
 
 
-def _solve_block(
-    index,
-    state,
-    *,
-    W_ECR,
-    M_ECC,
-    scaled_ECC,
-    before_EcR,
-    superblock,
-    bits,
-    block,
-    group,
-    store_bfloat16,
-):
-    """Quantizes `block` columns; `state` is (D, levels, grid)."""
-    D_ECR, levels_ECR, grid_2EGR = state
-    start, stop = superblock
-    at = index * block
-    scaled_EcB = lax.dynamic_slice_in_dim(scaled_ECC[:, start:stop], at, block, 2)
-    # Columns of the superblock not yet solved are still zero in D.
-    update_EBR = lax.dynamic_slice_in_dim(before_EcR, at - start, block, 1)
-    update_EBR = update_EBR + _mT_times(scaled_EcB, D_ECR[:, start:stop])
-    W_EBR = lax.dynamic_slice_in_dim(W_ECR, at, block, 1)
-    scaled_EBB = lax.dynamic_slice_in_dim(scaled_EcB, at - start, block, 1)
-    if group:
-        M_EBB = lax.dynamic_slice(M_ECC, (0, at, at), (len(M_ECC), block, block))
-        lazy_EBR = W_EBR + _update_by_earlier_blocks(update_EBR, M_EBB)
-        fitted_2EgR = _fit_groups(lazy_EBR, bits, group, store_bfloat16)
-        first = at // group
-        grid_2EGR = lax.dynamic_update_slice_in_dim(grid_2EGR, fitted_2EgR, first, 2)
-        grid_2EBR = _per_column(fitted_2EgR, block)
-    else:
-        grid_2EBR = _per_column(grid_2EGR, block)
-    D_EBR, levels_EBR = _solve_strips(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EBR, bits)
-    return (
-        lax.dynamic_update_slice_in_dim(D_ECR, D_EBR, at, 1),
-        lax.dynamic_update_slice_in_dim(levels_ECR, levels_EBR, at, 1),
-        grid_2EGR,
-    )
+def _superblock_update(scaled_ECC, D_ECR, before_EcR, width, start, entering):
+    """On entering a superblock, the large product of all columns before it; else `before`.
+
+    One branch for each superblock: their products have static shapes, of just the columns solved.
+    """
+
+    def product(first):
+        return lambda: _mT_times(scaled_ECC[:, :first, first : first + width], D_ECR[:, :first])
+
+    starts = range(0, D_ECR.shape[1], width)
+    branch = jnp.where(entering, start // width + 1, 0)
+    return lax.switch(branch, [lambda: before_EcR, *(product(first) for first in starts)])
 
 
 def _update_by_earlier_blocks(update_EBR, M_EBB):
@@ -250,21 +234,27 @@ def _fit_groups(W_EBR, bits, group, store_bfloat16):
     return grids.fit(W_EBR.reshape(E, B // group, group, R), bits, store_bfloat16)
 
 
-def _solve_strips(target_EBR, W_EBR, scaled_EBB, grid_2EBR, bits):
-    """`target` is W plus the update by earlier blocks. Returns D and levels of the block."""
+def _solve_strips(target_EBR, W_EBR, scaled_EBB, grid_2EBR, bits, widths=(STRIP, UNROLLED)):
+    """Quantizes columns in strips of `widths[0]`, each in strips of `widths[1]` and so on.
+
+    `target` is W plus the update by the columns before these. Returns D and levels.
+    """
+    if not widths:
+        return _solve_columns(target_EBR, W_EBR, scaled_EBB, grid_2EBR, bits)
+    width, *narrower = widths
 
     def strip(index, state):
         D_EBR, levels_EBR = state
-        at = index * STRIP
-        scaled_EBS = lax.dynamic_slice_in_dim(scaled_EBB, at, STRIP, 2)
-        target_ESR = lax.dynamic_slice_in_dim(target_EBR, at, STRIP, 1)
-        target_ESR = target_ESR + _mT_times(scaled_EBS, D_EBR)
-        D_ESR, levels_ESR = _solve_columns(
-            target_ESR,
-            lax.dynamic_slice_in_dim(W_EBR, at, STRIP, 1),
-            lax.dynamic_slice_in_dim(scaled_EBS, at, STRIP, 1),
-            lax.dynamic_slice_in_dim(grid_2EBR, at, STRIP, 2),
+        at = index * width
+        scaled_EBS = lax.dynamic_slice_in_dim(scaled_EBB, at, width, 2)
+        target_ESR = lax.dynamic_slice_in_dim(target_EBR, at, width, 1)
+        D_ESR, levels_ESR = _solve_strips(
+            target_ESR + _mT_times(scaled_EBS, D_EBR),  # D is zero in columns not yet solved
+            lax.dynamic_slice_in_dim(W_EBR, at, width, 1),
+            lax.dynamic_slice_in_dim(scaled_EBS, at, width, 1),
+            lax.dynamic_slice_in_dim(grid_2EBR, at, width, 2),
             bits,
+            narrower,
         )
         return (
             lax.dynamic_update_slice_in_dim(D_EBR, D_ESR, at, 1),
@@ -272,44 +262,30 @@ def _solve_strips(target_EBR, W_EBR, scaled_EBB, grid_2EBR, bits):
         )
 
     state = (jnp.zeros_like(W_EBR), jnp.zeros(W_EBR.shape, jnp.uint8))
-    return lax.fori_loop(0, W_EBR.shape[1] // STRIP, strip, state)
+    return lax.fori_loop(0, W_EBR.shape[1] // width, strip, state)
 
 
-def _solve_columns(target_ESR, W_ESR, scaled_ESS, grid_2ESR, bits):
-    """The innermost recursion: one column after another."""
-
-    def column(j, state):
-        D_ESR, levels_ESR = state
-        weight_ES1 = lax.dynamic_slice_in_dim(scaled_ESS, j, 1, 2)
-        target_ER = lax.dynamic_index_in_dim(target_ESR, j, 1, keepdims=False)
-        target_ER = target_ER + jnp.sum(weight_ES1 * D_ESR, axis=1)
-        grid_2ER = lax.dynamic_index_in_dim(grid_2ESR, j, 2, keepdims=False)
-        levels_ER = grids.quantize(target_ER, grid_2ER, bits)
-        W_ER = lax.dynamic_index_in_dim(W_ESR, j, 1, keepdims=False)
-        D_ER = W_ER - grids.dequantize(levels_ER, grid_2ER, bits)
-        return (
-            lax.dynamic_update_index_in_dim(D_ESR, D_ER, j, 1),
-            lax.dynamic_update_index_in_dim(levels_ESR, levels_ER, j, 1),
-        )
-
-    state = (jnp.zeros_like(W_ESR), jnp.zeros(W_ESR.shape, jnp.uint8))
-    return lax.fori_loop(0, STRIP, column, state)
+def _solve_columns(target_EuR, W_EuR, scaled_Euu, grid_2EuR, bits):
+    """The innermost recursion, one column after another; unrolled, so that columns fuse."""
+    D, levels = [], []
+    for j in range(W_EuR.shape[1]):
+        target_ER = target_EuR[:, j]
+        for i in range(j):
+            target_ER += scaled_Euu[:, i, j, None] * D[i]
+        levels.append(grids.quantize(target_ER, grid_2EuR[:, :, j], bits))
+        D.append(W_EuR[:, j] - grids.dequantize(levels[j], grid_2EuR[:, :, j], bits))
+    return jnp.stack(D, 1), jnp.stack(levels, 1)
 
 
 def _mT_times(A_EKM, B_EKN):
     return jnp.einsum("ekm,ekn->emn", A_EKM, B_EKN, precision=lax.Precision.HIGHEST)
 
 
-def _upper_product_norm(M_ECC, X_ECR) -> Float[Array, " E"]:
-    """`|M^T X|^2` for each expert, by block columns of the upper triangular M."""
-    C = M_ECC.shape[1]
-    width = -(-C // SUPERBLOCKS)
-    total_E = jnp.zeros(len(M_ECC))
-    for start in range(0, C, width):
-        stop = min(start + width, C)
-        product = _mT_times(M_ECC[:, :stop, start:stop], X_ECR[:, :stop])
-        total_E += jnp.sum(product**2, (1, 2))
-    return total_E
+def _relative_error(M_ECC, D_ECR, W_ECR) -> Float[Array, " E"]:
+    """`|D M|^2 / |W M|^2` over evenly spaced rows: tr(D H D^T) / tr(W H W^T)."""
+    step = -(-W_ECR.shape[2] // ERROR_ROWS)
+    error_ECr, energy_ECr = (_mT_times(M_ECC, X[:, :, ::step]) for X in (D_ECR, W_ECR))
+    return jnp.sum(error_ECr**2, (1, 2)) / jnp.sum(energy_ECr**2, (1, 2))
 
 
 def _per_column(grid_2EGR, columns):
@@ -317,6 +293,9 @@ def _per_column(grid_2EGR, columns):
 
 
 def _take(X_ECN, order_EC):
+    """Columns in another order; None leaves them."""
+    if order_EC is None:
+        return X_ECN
     return jnp.take_along_axis(X_ECN, order_EC[..., None], axis=1)
 
 
