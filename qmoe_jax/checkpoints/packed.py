@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packed store: a compressed checkpoint on disk.
+
+    manifest.json                          what the checkpoint is; written last
+    journal.jsonl                          one line for the header, then one for each commit
+    params/encoder.layers_0.bin            what stays uncompressed
+    experts/encoder.layers_1.0000-0015.bin the packed experts of one group, all their matrices
+
+Every commit is one file, synced to disk before its journal line is. So after a crash the journal
+names whole files only. The manifest holds the header and all entries again, with the checksum of
+the journal; a store without one is unfinished. No pickle: raw arrays and JSON.
+
+Arrays of a group are named by matrix and part, as `wi/codes`; `packed_arrays.py` says which.
+"""
+
+import json
+import pathlib
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+from jaxtyping import Shaped
+
+from pallas_kernels import packed as packed_lib
+from pallas_kernels.packed import PackedExperts
+from qmoe_jax.checkpoints import array_files, packed_arrays, packed_manifest
+from qmoe_jax.checkpoints.array_files import FileEntry
+from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.packed_arrays import Experts
+from qmoe_jax.checkpoints.packed_manifest import GroupEntry, Header, PackedCheckpoint
+from qmoe_jax.models import config as configs
+from qmoe_jax.models.config import Stack
+
+MANIFEST = "manifest.json"
+JOURNAL = "journal.jsonl"
+
+
+def check_free(path: pathlib.Path) -> None:
+    """Checks that a store may be made at `path`: a new folder, or an empty one.
+
+    Raises:
+      CheckpointError: the folder holds something, or is none.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        state = "a finished" if (path / MANIFEST).exists() else "an unfinished"
+        known = f"{state} packed checkpoint" if is_packed(path) else "other files"
+        raise CheckpointError(
+            f"{path} holds {known}: choose a new OUTPUT_DIR, or remove it if it is not needed."
+        )
+
+
+def create(path: pathlib.Path, header: Header) -> None:
+    """Starts a store in a new or empty folder.
+
+    Raises:
+      CheckpointError: the folder holds something, or cannot be written.
+      ValueError: a header that no store can have.
+    """
+    line = packed_manifest.header_line(header)
+    check_free(path)
+    array_files.write_text(path / JOURNAL, f"{line}\n")
+
+
+def commit_params(
+    path: pathlib.Path, name: str, params: Mapping[str, Shaped[np.ndarray, "..."]]
+) -> FileEntry:
+    """Adds uncompressed parameters, named by their T5X paths, as file `params/{name}.bin`.
+
+    Raises:
+      CheckpointError: the disk is full or cannot be written.
+    """
+    file = array_files.write_arrays(path, f"params/{name}.bin", params)
+    array_files.append_line(path / JOURNAL, packed_manifest.params_line(file))
+    return file
+
+
+def commit_experts(
+    path: pathlib.Path, stack: Stack, layer: int, start: int, experts: Mapping[str, Experts]
+) -> FileEntry:
+    """Adds the experts from `start` on of one layer; `experts` maps matrix names to their records.
+
+    Raises:
+      CheckpointError: the disk is full or cannot be written.
+      ValueError: matrices of different numbers of experts, or one that cannot be stored exactly.
+    """
+    counts = {matrix: record.shape[0] for matrix, record in experts.items()}
+    if len(set(counts.values())) != 1:
+        raise ValueError(f"matrices of one group must have equally many experts, got {counts}")
+    stop = start + next(iter(counts.values()))
+    arrays = {
+        f"{matrix}/{key}": array
+        for matrix, record in experts.items()
+        for key, array in packed_arrays.to_arrays(record).items()
+    }
+    name = f"experts/{stack}.layers_{layer}.{start:04d}-{stop - 1:04d}.bin"
+    file = array_files.write_arrays(path, name, arrays)
+    line = packed_manifest.experts_line(stack, layer, GroupEntry(start, stop, file))
+    array_files.append_line(path / JOURNAL, line)
+    return file
+
+
+def finish(path: pathlib.Path) -> PackedCheckpoint:
+    """Writes the manifest, which makes the store complete, and opens it.
+
+    Raises:
+      CheckpointError: something is missing from the store, or it cannot be written.
+    """
+    try:
+        manifest = packed_manifest.from_journal((path / JOURNAL).read_bytes())
+        checkpoint = packed_manifest.parse(path, manifest)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / JOURNAL} is not that of a complete checkpoint ({error}): compress again into "
+            "a new folder."
+        ) from error
+    _check_files(checkpoint)
+    array_files.write_text(path / MANIFEST, json.dumps(manifest, indent=1) + "\n")
+    return checkpoint
+
+
+def is_packed(path: pathlib.Path) -> bool:
+    """Whether `path` looks like a packed store, finished or not."""
+    return (path / MANIFEST).exists() or (path / JOURNAL).exists()
+
+
+def open_checkpoint(path: pathlib.Path) -> PackedCheckpoint:
+    """Reads the manifest and checks it and the sizes of all files; reads no array.
+
+    Raises:
+      CheckpointError: the store is unfinished, of another version, or damaged.
+    """
+    if not (path / MANIFEST).exists():
+        known = "its compression did not finish; compress again into a new folder."
+        unknown = "it is not a packed checkpoint."
+        raise CheckpointError(f"{path} has no {MANIFEST}: {known if is_packed(path) else unknown}")
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        checkpoint = packed_manifest.parse(path, manifest)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / MANIFEST} is damaged ({error}): restore it from a copy or compress again."
+        ) from error
+    _check_files(checkpoint)
+    return checkpoint
+
+
+def read_params(
+    checkpoint: PackedCheckpoint, names: list[str] | tuple[str, ...]
+) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """Uncompressed parameters by their T5X paths, in the stored dtype.
+
+    Raises:
+      CheckpointError: a name is unknown, or a file is damaged.
+    """
+    read = {}
+    for name in names:
+        if name not in checkpoint.params:
+            raise CheckpointError(f"{checkpoint.path} has no parameter `{name}`.")
+        read[name] = array_files.read_array(checkpoint.path, checkpoint.params[name], name)
+    return read
+
+
+def read_group(checkpoint: PackedCheckpoint, group: GroupEntry) -> dict[str, Experts]:
+    """The matrices of one committed group, checked so that a kernel can rely on them.
+
+    Raises:
+      CheckpointError: a file is damaged, or words and row lengths do not fit each other.
+    """
+    path, file, header = checkpoint.path, group.file, checkpoint.header
+    columns = packed_manifest.group_size(header)
+    experts = {}
+    for matrix, shape in packed_manifest.group_shapes(header.config, group).items():
+        layout = packed_arrays.layout(header.codec, columns, shape)
+        arrays = {key: array_files.read_array(path, file, f"{matrix}/{key}") for key in layout}
+        try:
+            experts[matrix] = packed_arrays.from_arrays(arrays, header.codec, columns, shape)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path / file.name}: `{matrix}` is not what the manifest says ({error}): restore "
+                "the file from a copy or compress again."
+            ) from error
+    return experts
+
+
+def read_groups(
+    checkpoint: PackedCheckpoint, stack: Stack, layer: int
+) -> Iterator[tuple[GroupEntry, dict[str, Experts]]]:
+    """All groups of one layer in expert order; see `read_group`.
+
+    Raises:
+      ValueError: a layer without experts.
+    """
+    if (stack, layer) not in checkpoint.groups:
+        raise ValueError(f"{stack}/layers_{layer} of {checkpoint.path} has no experts")
+    for group in checkpoint.groups[stack, layer]:
+        yield group, read_group(checkpoint, group)
+
+
+def load_experts(
+    checkpoint: PackedCheckpoint, stack: Stack, layer: int, slabs: int = 1
+) -> dict[str, PackedExperts]:
+    """All experts of one layer of a `qmoe` store as one record for each matrix.
+
+    Raises:
+      CheckpointError: see `read_group`.
+      ValueError: another codec, a layer without experts, or experts that do not divide by `slabs`.
+    """
+    if checkpoint.header.codec != "qmoe":
+        raise ValueError(f"codec {checkpoint.header.codec!r} holds no dictionary words")
+    groups = [experts for _, experts in read_groups(checkpoint, stack, layer)]
+    return {
+        matrix: packed_lib.join([group[matrix] for group in groups], slabs)  # pyright: ignore
+        for matrix in configs.expert_matrices(checkpoint.header.config)
+    }
+
+
+def _check_files(checkpoint: PackedCheckpoint) -> None:
+    for file in checkpoint.files.values():
+        path = checkpoint.path / file.name
+        size = path.stat().st_size if path.is_file() else None
+        if size != file.nbytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CheckpointError(
+                f"{path} {found}, expected {file.nbytes} bytes: restore it from a copy or "
+                "compress again."
+            )

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One view of every readable checkpoint, for whoever walks a model block by block."""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from pallas_kernels.packed import PackedExperts, UniformExperts
+from qmoe_jax.checkpoints import packed, t5x, t5x_experts
+from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
+from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
+from qmoe_jax.codec import packing, uniform
+from qmoe_jax.models import config as configs
+from qmoe_jax.models.config import Stack, SwitchConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An opened checkpoint; nothing but its index has been read.
+
+    `read(names)` returns parameters by their T5X paths, in the stored dtype.
+    `expert_groups(stack, layer, group_size)` yields the experts of one layer in order, as groups
+    of dense matrices `[group, in, out]` named `wi`, `wo`, ...; a packed store keeps its own group
+    boundaries.
+    """
+
+    path: str
+    format: str  # "t5x" or "packed"
+    config: SwitchConfig
+    step: int | None
+    nbytes: int  # of all parameters as stored
+    read: Callable[[Sequence[str]], Mapping[str, Shaped[np.ndarray, "..."]]]
+    expert_groups: Callable[[Stack, int, int], Iterator[ExpertGroup]]
+
+
+def open_source(
+    path: str | os.PathLike[str],
+    *,
+    memory_budget: int = 4 << 30,
+    scratch_dir: pathlib.Path | None = None,
+) -> Source:
+    """Opens a T5X checkpoint or a packed store, whichever lies at `path`.
+
+    Args:
+      path: a folder; of T5X checkpoints the step's folder, or the one that holds the steps.
+      memory_budget, scratch_dir: see `t5x_experts.expert_groups`.
+
+    Raises:
+      CheckpointError: it is neither, or it is damaged.
+      ValueError: its parameters are not those of a Switch Transformer.
+    """
+    if packed.is_packed(pathlib.Path(path)):
+        return _packed_source(packed.open_checkpoint(pathlib.Path(path)))
+    checkpoint = t5x.open_checkpoint(path)
+    config = configs.config_from_shapes(t5x.shapes(checkpoint))
+
+    def expert_groups(stack: Stack, layer: int, group_size: int) -> Iterator[ExpertGroup]:
+        prefix = f"{stack}/layers_{layer}/mlp/expert"
+        names = {f"{prefix}/{name}/kernel": name for name in configs.expert_matrices(config)}
+        for group in t5x_experts.expert_groups(
+            checkpoint,
+            list(names),
+            group_size,
+            memory_budget=memory_budget,
+            scratch_dir=scratch_dir,
+        ):
+            arrays = {names[path]: array for path, array in group.arrays.items()}
+            yield dataclasses.replace(group, arrays=arrays)
+
+    nbytes = sum(
+        int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
+        for leaf in checkpoint.leaves.values()
+    )
+    return Source(
+        path=checkpoint.path,
+        format="t5x",
+        config=config,
+        step=checkpoint.step,
+        nbytes=nbytes,
+        read=functools.partial(t5x.read_many, checkpoint),
+        expert_groups=expert_groups,
+    )
+
+
+def layer_params(source: Source, stack: Stack, layer: int) -> dict[str, np.ndarray]:
+    """The parameters of one layer that are no experts, by their paths below the layer."""
+    prefix = f"{stack}/layers_{layer}/"
+    names = [
+        prefix + name
+        for name in configs.layer_shapes(source.config, stack, layer)
+        if not name.startswith("mlp/expert/")
+    ]
+    return {name.removeprefix(prefix): array for name, array in source.read(names).items()}
+
+
+def outer_params(source: Source) -> dict[str, np.ndarray]:
+    """The parameters outside of all layers, by their T5X paths."""
+    names = [name for name in configs.param_shapes(source.config) if "/layers_" not in name]
+    return dict(source.read(names))
+
+
+def nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    """`{"a/b": x}` as `{"a": {"b": x}}`, the form that Linen modules take."""
+    tree: dict[str, Any] = {}
+    for path, array in params.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = array
+    return tree
+
+
+def _packed_source(checkpoint: PackedCheckpoint) -> Source:
+    def expert_groups(
+        stack: Stack, layer: int, group_size: int
+    ) -> Generator[ExpertGroup, None, None]:
+        for group, experts in packed.read_groups(checkpoint, stack, layer):
+            arrays = {matrix: dense_kernel(record) for matrix, record in experts.items()}
+            yield ExpertGroup(group.start, group.stop, arrays)
+
+    return Source(
+        path=str(checkpoint.path),
+        format="packed",
+        config=checkpoint.header.config,
+        step=checkpoint.header.source.get("step"),
+        nbytes=checkpoint.nbytes,
+        read=lambda names: packed.read_params(checkpoint, list(names)),
+        expert_groups=expert_groups,
+    )
+
+
+def dense_kernel(record: packed.Experts) -> Shaped[np.ndarray, "E C R"]:
+    """One matrix of a group, dequantized, with T5X's axes `[expert, in, out]`."""
+    if isinstance(record, PackedExperts):
+        kernel = packing.dequantize_ternary(
+            packing.unpack_ternary(record), jnp.asarray(record.row_values)
+        )
+    elif isinstance(record, UniformExperts):
+        levels = uniform.unpack_uniform(record)
+        kernel = uniform.dequantize_uniform(
+            levels, jnp.asarray(record.scale), jnp.asarray(record.zero), record.group_size
+        )
+    else:
+        return np.asarray(record)
+    return np.asarray(kernel).swapaxes(1, 2)
