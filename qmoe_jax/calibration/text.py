@@ -51,6 +51,12 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
     vocabulary = tokenizer.load_tokenizer(text.sentencepiece_model_file, text.extra_ids)
     tokenizer.check_fits(vocabulary, vocab_size)
     inputs_length = _inputs_length(text.task_feature_lengths)
+    held_back = bool(num_validation) and text.validation_files is None
+    if not text.files and (num_calibration or held_back):
+        raise ValueError(
+            "CALIBRATION_FILES is not set; expected text or JSON-lines files, a folder, a glob or "
+            "task:NAME of SeqIO"
+        )
 
     def read(files: Sequence[str] | str, number: int, seed: int) -> SampleSet:
         return data.make_samples(
@@ -62,7 +68,7 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
             document_mode=text.document_mode,
         )
 
-    if text.validation_files is not None or not num_validation:
+    if not held_back:
         calibration = read(text.files, num_calibration, text.seed) if num_calibration else None
         validation = None
         if num_validation:
@@ -70,9 +76,9 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
             validation = read(text.validation_files or (), num_validation, text.seed + 1)
         return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
     both = read(text.files, num_calibration + num_validation, text.seed)
-    held_back = data.stack_samples([both[i] for i in range(num_calibration, len(both))])
+    validation = data.stack_samples([both[i] for i in range(num_calibration, len(both))])
     calibration = data.stack_samples([both[i] for i in range(num_calibration)], both.counts)
-    return Samples(vocabulary.lowest_sentinel_id, calibration, held_back)
+    return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
 
 
 def _inputs_length(lengths: Mapping[str, int]) -> int:

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All samples through one block at a time: the parts of the model that are no experts.
+
+A walk goes `start`, then for each block `run_block` (and, in a sparse block, the experts:
+`experts.py`) and `advance`, then `finish`; the decoder's walk reads the encoder's result.
+Each batch is computed while the one before it is copied back to the host.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Float64, Int, Int32
+
+from qmoe_jax.calibration import buffers
+from qmoe_jax.calibration.buffers import Batch, TokenBuffer
+from qmoe_jax.calibration.data import SampleSet
+from qmoe_jax.models import switch
+from qmoe_jax.models.attention import decoder_masks, encoder_masks
+from qmoe_jax.models.block import Block
+from qmoe_jax.models.config import Stack, SwitchConfig
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Routes:
+    """Where a sparse block sends each token of a buffer."""
+
+    expert: Int32[np.ndarray, " tokens"]
+    prob: Float32[np.ndarray, " tokens"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Activations:
+    """The samples on their way through one stack of one version of the model."""
+
+    stack: Stack
+    samples: SampleSet
+    batches: list[Batch]
+    current: TokenBuffer  # A: the committed input of the next block
+    updated: TokenBuffer  # B: its output, once the dense part and all experts have run
+    encoded: TokenBuffer | None  # the finished encoder outputs, in the decoder's walk
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleLosses:
+    """Masked-span cross-entropy, summed over each sample's targets."""
+
+    total: Float64[np.ndarray, " samples"]  # nats
+    targets: Int[np.ndarray, " samples"]
+
+    @property
+    def mean(self) -> float:
+        """Nats per target token over all samples."""
+        return float(self.total.sum() / self.targets.sum())
+
+    @property
+    def standard_error(self) -> float:
+        """Of `mean`, from the spread between samples (a ratio estimate)."""
+        residual = self.total - self.mean * self.targets
+        return float(np.sqrt(np.sum(residual**2)) / self.targets.sum())
+
+
+def start(
+    params: Params,
+    samples: SampleSet,
+    stack: Stack,
+    dtype: DTypeLike,
+    *,
+    batch_tokens: int,
+    encoded: TokenBuffer | None = None,
+    folder: pathlib.Path | None = None,
+) -> Activations:
+    """Embeds all samples.
+
+    Args:
+      params: those outside of the layers, nested.
+      samples: the tokens.
+      stack: "decoder" needs `encoded`.
+      dtype: of the activations and their buffers.
+      batch_tokens: padded positions of a batch, about.
+      encoded: what `finish` of the encoder gave.
+      folder: where the buffers go as memory-mapped files; None keeps them in memory.
+
+    Raises:
+      OSError: the buffers' disk is full.
+    """
+    lengths, offsets = samples.encoder_lengths[:, None], samples.encoder_offsets
+    if stack == "decoder":
+        lengths = np.stack([samples.decoder_lengths, samples.encoder_lengths], axis=1)
+        offsets = samples.decoder_offsets
+    width = params["token_embedder"]["embedding"].shape[1]
+    files = [None, None] if folder is None else [folder / f"{stack}.{half}" for half in "ab"]
+    current, updated = (buffers.create(offsets, width, jnp.dtype(dtype), file) for file in files)
+    batches = buffers.length_batches(lengths, batch_tokens)
+    activations = Activations(stack, samples, batches, current, updated, encoded)
+    embedding = params["token_embedder"]
+    for batch in batches:
+        tokens = _tokens(activations, batch)[0 if stack == "encoder" else 1]
+        embedded = _embed({"token_embedder": embedding}, tokens, jnp.dtype(dtype))
+        buffers.write_batch(current, batch, np.asarray(embedded))
+    return activations
+
+
+def run_block(
+    block: Block, params: Params, layer_params: Params, activations: Activations
+) -> Routes | None:
+    """Runs all samples through a block, from `current` to `updated`.
+
+    Returns:
+      The routes of a sparse block, whose experts have not run yet; None of a dense one.
+    """
+    tokens = activations.current.data.shape[0]
+    routes = None
+    if block.sparse:
+        routes = Routes(np.zeros(tokens, np.int32), np.zeros(tokens, np.float32))
+    bias_params = {block.stack: {"relpos_bias": params[block.stack]["relpos_bias"]}}
+    for batch, (x_BLD, expert_BL, prob_BL) in _batched(
+        functools.partial(_run_block, block, bias_params, layer_params), activations
+    ):
+        buffers.write_batch(activations.updated, batch, x_BLD)
+        if routes is not None:
+            _scatter(activations, batch, expert_BL, routes.expert)
+            _scatter(activations, batch, prob_BL, routes.prob)
+    return routes
+
+
+def advance(activations: Activations) -> Activations:
+    """Commits a block: its output is the next block's input."""
+    return dataclasses.replace(
+        activations, current=activations.updated, updated=activations.current
+    )
+
+
+def finish(params: Params, activations: Activations, dtype: DTypeLike) -> TokenBuffer:
+    """The stack's normed output, written over `updated`."""
+    norm = {activations.stack: params[activations.stack]}
+    function = functools.partial(_final_norm, activations.stack, jnp.dtype(dtype), norm)
+    for batch, x_BLD in _batched(function, activations):
+        buffers.write_batch(activations.updated, batch, x_BLD)
+    return activations.updated
+
+
+def losses(config: SwitchConfig, params: Params, activations: Activations) -> SampleLosses:
+    """Cross-entropy of every target, from the decoder's finished output in `updated`."""
+    total = np.zeros(len(activations.samples))
+    finished = advance(activations)
+    outer = {"token_embedder": params["token_embedder"], "decoder": params["decoder"]}
+    for batch, loss_B in _batched(functools.partial(_losses, config, outer), finished):
+        present = batch.samples >= 0
+        total[batch.samples[present]] = loss_B[present]
+    return SampleLosses(total, activations.samples.decoder_lengths)
+
+
+def _batched(function, activations: Activations) -> Iterator[tuple[Batch, Any]]:
+    """`function(x, tokens, encoded)` for every batch, the next one running while one is yielded."""
+    running = None
+    for batch in activations.batches:
+        x_BLD = jnp.asarray(buffers.read_batch(activations.current, batch))
+        encoded = None
+        if activations.encoded is not None:
+            encoded = jnp.asarray(buffers.read_batch(activations.encoded, batch, side=1))
+        result = function(x_BLD, _tokens(activations, batch), encoded)
+        if running is not None:
+            yield running[0], jax.tree.map(np.asarray, running[1])
+        running = batch, result
+    if running is not None:
+        yield running[0], jax.tree.map(np.asarray, running[1])
+
+
+def _tokens(activations: Activations, batch: Batch) -> tuple[Int[np.ndarray, "B _"], ...]:
+    """Padded ids: the encoder's inputs; in the decoder's walk also its inputs and targets."""
+    samples = activations.samples
+
+    def read(tokens, offsets, side):
+        return buffers.read_batch(TokenBuffer(tokens[:, None], offsets), batch, side)[..., 0]
+
+    if activations.stack == "encoder":
+        return (read(samples.encoder_input_tokens, samples.encoder_offsets, 0),)
+    return (
+        read(samples.encoder_input_tokens, samples.encoder_offsets, 1),
+        read(samples.decoder_input_tokens, samples.decoder_offsets, 0),
+        read(samples.decoder_target_tokens, samples.decoder_offsets, 0),
+    )
+
+
+def _scatter(activations: Activations, batch: Batch, values_BL, out: np.ndarray) -> None:
+    buffers.write_batch(
+        TokenBuffer(out[:, None], activations.current.offsets), batch, values_BL[..., None]
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _embed(params: Params, tokens_BL, dtype) -> Float[Array, "B L D"]:
+    return switch.embed(params, tokens_BL, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _run_block(block: Block, params: Params, layer_params: Params, x_BLD, tokens, encoded_BSD):
+    bias_HLL = switch.relpos_bias(block.config, params, block.stack, x_BLD.shape[1], block.dtype)
+    arguments = (x_BLD, _masks(tokens), bias_HLL, encoded_BSD)
+    if block.sparse:
+        out = block.apply({"params": layer_params}, *arguments, method="dense_part")
+        return out[0].astype(x_BLD.dtype), *out[1:]
+    out_BLD = jnp.asarray(block.apply({"params": layer_params}, *arguments))
+    return out_BLD.astype(x_BLD.dtype), None, None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _final_norm(stack: Stack, dtype, params: Params, x_BLD, tokens, encoded_BSD):
+    return switch.final_norm(params, stack, x_BLD, _masks(tokens), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(config: SwitchConfig, params: Params, x_BLD, tokens, encoded_BSD):
+    targets_BL = tokens[2]
+    logits_BLV = switch.logits(config, params, x_BLD)
+    log_prob_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
+    chosen_BL = jnp.take_along_axis(log_prob_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    return -jnp.sum(jnp.where(targets_BL > 0, chosen_BL, 0.0), axis=1)
+
+
+def _masks(tokens):
+    if len(tokens) == 1:
+        return encoder_masks(tokens[0])
+    encoder_inputs, decoder_inputs, decoder_targets = tokens
+    return decoder_masks(decoder_inputs, decoder_targets, encoder_inputs)

@@ -1,0 +1,373 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compresses a Switch checkpoint: one walk over its blocks, experts quantized group by group.
+
+The calibration samples go through the compressed model as it comes into being, so that each block
+is calibrated on the errors of those before it. The validation samples go through several versions
+of the model side by side (the original, the compressed one, round-to-nearest if asked) while a
+group's original weights are on the device: all losses from one read of the checkpoint.
+"""
+
+import dataclasses
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import rich.console
+
+from qmoe_jax import report as reports
+from qmoe_jax.calibration import experts, pipeline, text, walk
+from qmoe_jax.calibration.text import Samples, Text
+from qmoe_jax.calibration.walk import Activations, Params, Routes
+from qmoe_jax.checkpoints import packed, source
+from qmoe_jax.checkpoints.packed_manifest import Codec, Header
+from qmoe_jax.checkpoints.source import Source
+from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
+from qmoe_jax.models import config as configs
+from qmoe_jax.models.block import Block, make_block
+from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
+from qmoe_jax.quantization.quantizer import Quantizer
+from qmoe_jax.report import LayerRecord, Report
+from qmoe_jax.runs import devices, groups, progress, records, tracks, work
+from qmoe_jax.runs.groups import Formats, HessianTokens, SolvedGroup
+from qmoe_jax.runs.progress import Progress
+from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
+
+SAMPLES_PER_EXPERT = 10_000 / 128  # the paper's: 10K for 128 experts, 160K for 2,048
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Where and how the work is done.
+
+    Attributes:
+      activation_dtype: of activations and buffers; None: bfloat16 where the device computes in it,
+        float32 on a CPU.
+      experts_per_group: solved together; None: as many as a part of the device's memory holds.
+        Changes no level.
+      batch_tokens: padded positions in one batch of the dense part.
+      buffer_dir: folder for memory-mapped activation buffers; None keeps them in memory.
+      scratch_dir: folder for re-chunking experts where their chunks exceed `read_budget`; None:
+        the output folder.
+      read_budget: bytes of host memory that chunks of the checkpoint may take.
+    """
+
+    activation_dtype: str | None = None
+    experts_per_group: int | None = None
+    batch_tokens: int = 8192
+    buffer_dir: str | None = None
+    scratch_dir: str | None = None
+    read_budget: int = 4 << 30
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What all steps of one compression share."""
+
+    original: Source
+    output: pathlib.Path
+    quantizer: Quantizer
+    formats: Formats
+    tracks: tuple[Track, ...]
+    keep: Mapping[Stack, np.ndarray | None]  # positions that the Hessians count
+    group_size: int  # experts
+    batch_tokens: int
+    buffer_dir: pathlib.Path | None
+    shown: Progress
+
+
+def compress(
+    checkpoint_path: str,
+    output_dir: str,
+    text_options: Text,
+    *,
+    quantizer: Quantizer = Quantizer(),  # noqa: B008, frozen
+    compute: Compute = Compute(),
+    num_samples: int | None = None,
+    num_validation_samples: int = 128,
+    compare_round_to_nearest: bool = False,
+    codec: Codec | None = None,
+    store_dtype: str = "bfloat16",
+    dry_run: bool = False,
+    console: rich.console.Console | None = None,
+) -> Report:
+    """Compresses the experts of a checkpoint into a packed store and reports what it cost.
+
+    Args:
+      checkpoint_path: a T5X checkpoint (T5X: CHECKPOINT_PATH).
+      output_dir: a new folder for the packed checkpoint and `report.json`.
+      text_options: the text and its tokenizer.
+      quantizer: method, bits, solver settings.
+      compute: device, memory, disk.
+      num_samples: calibration samples; None: 78 for each expert of a layer, as in the paper.
+      num_validation_samples: for the losses; 0 for none.
+      compare_round_to_nearest: also carry the validation samples through round-to-nearest.
+      codec: None: `qmoe` for ternary, `uniform` for 2 to 4 bits; `dense` stores dequantized
+        kernels.
+      store_dtype: of all that is stored and not packed, "bfloat16" or "float32".
+      dry_run: check the inputs and stop before any weight is read.
+      console: where progress goes; None: standard output.
+
+    Raises:
+      ValueError: a setting that cannot be, too little text, a damaged checkpoint (CheckpointError).
+      OSError: no room for the activation buffers.
+    """
+    console = console or rich.console.Console()
+    formats = Formats(
+        codec=groups.check_storable(quantizer, codec),
+        store_dtype=devices.float_dtype(store_dtype, "STORE_DTYPE"),
+        dtype=devices.activation_dtype(compute.activation_dtype),
+    )
+    packed.check_free(pathlib.Path(output_dir))
+    original = source.open_source(
+        checkpoint_path,
+        memory_budget=compute.read_budget,
+        scratch_dir=pathlib.Path(compute.scratch_dir or output_dir),
+    )
+    vocab_size = original.config.vocab_size
+    wanted = num_calibration_samples(original.config, num_samples)
+    samples = text.load(text_options, vocab_size, wanted, num_validation_samples)
+    return compress_samples(
+        original,
+        samples,
+        output_dir,
+        quantizer=quantizer,
+        formats=formats,
+        compute=compute,
+        compare_round_to_nearest=compare_round_to_nearest,
+        text_settings=dataclasses.asdict(text_options),
+        dry_run=dry_run,
+        console=console,
+    )
+
+
+def compress_samples(
+    original: Source,
+    samples: Samples,
+    output_dir: str,
+    *,
+    quantizer: Quantizer,
+    formats: Formats,
+    compute: Compute,
+    compare_round_to_nearest: bool,
+    text_settings: dict[str, Any],
+    dry_run: bool,
+    console: rich.console.Console,
+) -> Report:
+    """`compress` for an opened checkpoint and finished samples; `text_settings` say whence."""
+    group_size = devices.experts_per_group(original.config, compute.experts_per_group)
+    if quantizer.method == "rtn":
+        samples = dataclasses.replace(samples, calibration=None)
+    settings = {
+        "quantizer": dataclasses.asdict(quantizer),
+        "text": text_settings,
+        "compute": dataclasses.asdict(compute),
+        "codec": formats.codec,
+        "store_dtype": formats.store_dtype.name,
+        "activation_dtype": formats.dtype.name,
+    }
+    report = records.begin(original, samples, settings)
+    console.print(reports.introduction(report), soft_wrap=True)
+    if dry_run:
+        console.print("dry run: inputs are sound, nothing was written")
+        return report
+    output = pathlib.Path(output_dir)
+    packed.create(output, Header(original.config, formats.codec, settings, report.checkpoint))
+    followed = tracks.make_tracks(samples, compare_round_to_nearest and quantizer.method != "rtn")
+    with (
+        progress.showing(_total_work(original.config, followed), console) as shown,
+        tracks.buffer_folder(compute.buffer_dir) as buffer_dir,
+    ):
+        run = Run(
+            original=original,
+            output=output,
+            quantizer=quantizer,
+            formats=formats,
+            tracks=followed,
+            keep=tracks.kept_positions(samples, quantizer.mask_special_tokens),
+            group_size=group_size,
+            batch_tokens=compute.batch_tokens,
+            buffer_dir=buffer_dir,
+            shown=shown,
+        )
+        layers, losses = compress_blocks(run)
+        store = packed.finish(output)
+    report = records.finish(report, layers, losses, store.nbytes, shown)
+    reports.save(report, output / "report.json")
+    console.print(reports.summary(report))
+    return report
+
+
+def num_calibration_samples(config: SwitchConfig, wanted: int | None) -> int:
+    """As many as wanted, or the paper's share for each expert of a layer.
+
+    Raises:
+      ValueError: a negative number.
+    """
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"NUM_SAMPLES is {wanted}; expected 1 or more")
+    return wanted or round(SAMPLES_PER_EXPERT * config.num_experts)
+
+
+def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, float]]:
+    """The walk: encoder, then decoder. Returns the sparse layers' records and the losses."""
+    config = run.original.config
+    layers: list[LayerRecord] = []
+    read = source.outer_params(run.original)
+    packed.commit_params(run.output, "outer", tracks.as_stored(read, run.formats.store_dtype))
+    outer = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
+    encoded, states = {}, {}
+    for stack in STACKS:
+        with progress.timed(run.shown, "dense part"):
+            states = {t.name: _start(run, t, stack, outer[t.version], encoded) for t in run.tracks}
+        for layer in range(configs.num_layers(config, stack)):
+            states, record = compress_block(run, stack, layer, outer, states)
+            if record is not None:
+                layers.append(record)
+        with progress.timed(run.shown, "dense part"):
+            for t in run.tracks:
+                encoded[t.name] = walk.finish(outer[t.version], states[t.name], run.formats.dtype)
+    with progress.timed(run.shown, "losses"):
+        losses = {
+            t.version: walk.losses(config, outer[t.version], states[t.name]).mean
+            for t in run.tracks
+            if t.name != CALIBRATION
+        }
+    return layers, losses
+
+
+def compress_block(
+    run: Run,
+    stack: Stack,
+    layer: int,
+    outer: Mapping[Version, Params],
+    states: Mapping[str, Activations],
+) -> tuple[dict[str, Activations], LayerRecord | None]:
+    """One block: the dense part, then its experts, if it has any; committed at the end."""
+    begun = time.perf_counter()
+    config = run.original.config
+    block = make_block(config, stack, layer, run.formats.dtype)
+    read = source.layer_params(run.original, stack, layer)
+    params = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
+    routes: dict[str, Routes] = {}
+    with progress.timed(run.shown, "dense part"):
+        for t in run.tracks:
+            found = walk.run_block(block, outer[t.version], params[t.version], states[t.name])
+            if found is not None:
+                routes[t.name] = found
+    where = f"{stack} block {layer + 1} of {configs.num_layers(config, stack)}"
+    tokens = sum(len(state.current.data) for state in states.values())
+    done = work.dense_part(config, stack, block.sparse, tokens)
+    progress.advance(run.shown, done, where, tokens, time.perf_counter() - begun)
+    record = None
+    if block.sparse:
+        record = compress_experts(run, block, layer, params, states, routes, where)
+    stored = tracks.as_stored(read, run.formats.store_dtype, f"{stack}/layers_{layer}/")
+    packed.commit_params(run.output, f"{stack}.layers_{layer}", stored)
+    progress.line(run.shown, f"{where}: {tokens:,} tokens, {time.perf_counter() - begun:.1f} s")
+    return {name: walk.advance(state) for name, state in states.items()}, record
+
+
+def compress_experts(
+    run: Run,
+    block: Block,
+    layer: int,
+    params: Mapping[Version, Params],
+    states: Mapping[str, Activations],
+    routes: Mapping[str, Routes],
+    where: str,
+) -> LayerRecord:
+    """All experts of a sparse block, a group at a time; the next one is read meanwhile."""
+    begun = time.perf_counter()
+    assigned = {
+        name: experts.assign(found, block.config.num_experts) for name, found in routes.items()
+    }
+    tokens = _hessian_tokens(run, block, states, routes, assigned)
+    read = run.original.expert_groups(block.stack, layer, run.group_size)
+    solved: list[SolvedGroup] = []
+    with pipeline.read_ahead(read) as ahead, pipeline.write_behind() as write:
+        while (group := _next(ahead, run.shown)) is not None:
+            started = time.perf_counter()
+            result, original, compressed = groups.solve(
+                run.quantizer,
+                run.formats,
+                block,
+                params["compressed"],
+                group,
+                tokens,
+                run.shown,
+            )
+            kernels = {"original": original, "compressed": compressed}
+            if "round_to_nearest" in params:
+                kernels["round_to_nearest"] = groups.nearest_kernels(
+                    run.quantizer, run.formats, original
+                )
+            with progress.timed(run.shown, "expert forward"):
+                routed = _run_group(run, block, params, kernels, group, states, routes, assigned)
+            write(packed.commit_experts, run.output, block.stack, layer, group.start, result.packed)
+            solved.append(dataclasses.replace(result, packed={}))
+            done = work.expert_group(
+                block.config, group.stop - group.start, routed, tokens is not None
+            )
+            spent = time.perf_counter() - started
+            progress.advance(run.shown, done, f"{where}, expert {group.stop}", routed, spent)
+    return groups.layer_record(block.stack, layer, solved, time.perf_counter() - begun)
+
+
+def _run_group(run, block, params, kernels, group, states, routes, assigned) -> int:
+    """Every track's tokens through its version of the group's experts; returns their number."""
+    routed = 0
+    for track in run.tracks:
+        for place, expert in enumerate(range(group.start, group.stop)):
+            rows = assigned[track.name].of(expert)
+            experts.run_expert(
+                block,
+                params[track.version],
+                experts.expert_kernels(kernels[track.version], place),
+                states[track.name].updated,
+                routes[track.name],
+                rows,
+            )
+            routed += len(rows)
+    return routed
+
+
+def _hessian_tokens(run: Run, block: Block, states, routes, assigned) -> HessianTokens | None:
+    if CALIBRATION not in states:
+        return None
+    num_experts = block.config.num_experts
+    counted = experts.assign(routes[CALIBRATION], num_experts, run.keep[block.stack])
+    return HessianTokens(
+        buffer=states[CALIBRATION].updated,
+        counted=counted,
+        cap=experts.token_cap(counted, run.quantizer.token_cap),
+        routed=np.diff(assigned[CALIBRATION].starts).tolist(),
+    )
+
+
+def _next(ahead: Iterator[ExpertGroup], shown: Progress) -> ExpertGroup | None:
+    with progress.timed(shown, "wait for read"):
+        return next(ahead, None)
+
+
+def _versions(run: Run) -> set[Version]:
+    return {"compressed", *(track.version for track in run.tracks)}
+
+
+def _start(run: Run, track: Track, stack: Stack, params: Params, encoded) -> Activations:
+    return tracks.start(
+        track,
+        stack,
+        params,
+        run.formats.dtype,
+        batch_tokens=run.batch_tokens,
+        buffer_dir=run.buffer_dir,
+        encoded=encoded.get(track.name),
+    )
+
+
+def _total_work(config, followed: tuple[Track, ...]) -> float:
+    encoder = sum(len(track.samples.encoder_input_tokens) for track in followed)
+    decoder = sum(len(track.samples.decoder_input_tokens) for track in followed)
+    return work.whole_run(config, encoder, decoder, any(t.name == CALIBRATION for t in followed))

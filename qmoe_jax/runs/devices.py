@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine at hand can hold and compute in."""
+
+import resource
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from qmoe_jax.models.config import SwitchConfig, expert_matrices
+
+CPU_GROUP_BYTES = 2 << 30  # host memory that one group of experts may take on a CPU
+DEVICE_SHARE = 0.5  # of an accelerator's memory
+
+
+def activation_dtype(name: str | None) -> np.dtype:
+    """The dtype asked for; by default bfloat16 where the device multiplies in it, else float32.
+
+    Raises:
+      ValueError: neither bfloat16 nor float32.
+    """
+    if name is None:
+        device = jax.devices()[0]
+        capability = getattr(device, "compute_capability", None)  # "8.0" on NVIDIA GPUs
+        slow = device.platform == "cpu" or (capability and float(capability) < 8)
+        name = "float32" if slow else "bfloat16"
+    return float_dtype(name, "ACTIVATION_DTYPE")
+
+
+def float_dtype(name: str, setting: str) -> np.dtype:
+    """bfloat16 or float32 by name.
+
+    Raises:
+      ValueError: another name.
+    """
+    dtypes = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
+    if name not in dtypes:
+        raise ValueError(f"{setting} is {name!r}; expected 'bfloat16' or 'float32'")
+    return dtypes[name]
+
+
+def experts_per_group(config: SwitchConfig, wanted: int | None) -> int:
+    """How many experts are solved together: `wanted`, or what fits, in groups of equal size.
+
+    Raises:
+      ValueError: fewer than one wanted.
+    """
+    if wanted is not None:
+        if wanted < 1:
+            raise ValueError(f"EXPERTS_PER_GROUP is {wanted}; expected 1 or more")
+        return min(wanted, config.num_experts)
+    fitting = max(1, _group_budget() // group_bytes(config))
+    groups = -(-config.num_experts // fitting)
+    return -(-config.num_experts // groups)
+
+
+def group_bytes(config: SwitchConfig) -> int:
+    """Device memory for one expert of a group while it is solved, about."""
+    D, F = config.emb_dim, config.expert_mlp_dim
+    weights = D * F * len(expert_matrices(config))
+    kept = 13 * weights + 4 * (D * D + F * F)  # original, compressed, nearest, levels; Hessians
+    # Of the matrix being solved: W, W - Q, Q and the products; H in order, L, M, scaled M.
+    return kept + 16 * D * F + 16 * max(D, F) ** 2
+
+
+def peak_host_bytes() -> int:
+    """The most resident memory that this process has had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def description() -> str:
+    """The device, in words."""
+    devices = jax.devices()
+    return f"{len(devices)} x {devices[0].device_kind}"
+
+
+def _group_budget() -> int:
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"] * DEVICE_SHARE)
+    return CPU_GROUP_BYTES
+
+
+def to_device(array: np.ndarray) -> jax.Array:
+    """A copy on the device: later writes into `array` do not show."""
+    return jnp.array(array, copy=True)

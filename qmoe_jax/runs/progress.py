@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user sees of a long run, and where its time went."""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Generator
+
+import rich.console
+import rich.progress
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """One bar with an ETA on a terminal, one line per block elsewhere; and seconds by phase."""
+
+    bar: rich.progress.Progress
+    task: rich.progress.TaskID
+    seconds: dict[str, float]
+    console: rich.console.Console
+
+
+@contextlib.contextmanager
+def showing(total_work: float, console: rich.console.Console) -> Generator[Progress]:
+    """Shows a run of `total_work` units (any unit that time is about linear in)."""
+    columns = (
+        rich.progress.TextColumn("{task.description}"),
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TextColumn("{task.fields[rate]}"),
+        rich.progress.TimeElapsedColumn(),
+        rich.progress.TextColumn("ETA"),
+        rich.progress.TimeRemainingColumn(),
+    )
+    bar = rich.progress.Progress(
+        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=600
+    )
+    with bar:
+        task = bar.add_task("starting", total=total_work, rate="")
+        yield Progress(bar, task, {}, console)
+
+
+def advance(progress: Progress, work: float, where: str, tokens: int, seconds: float) -> None:
+    """Counts finished work; `tokens` in `seconds` is the rate shown."""
+    rate = f"{tokens / max(seconds, 1e-9):,.0f} tokens/s" if tokens else ""
+    progress.bar.update(progress.task, advance=work, description=where, rate=rate)
+
+
+def line(progress: Progress, text: str) -> None:
+    """A finished block, where there is no terminal to draw a bar on."""
+    if not progress.console.is_terminal:
+        task = progress.bar.tasks[progress.task]
+        share = task.completed / max(task.total or 1.0, 1e-9)
+        left = task.elapsed * (1 / share - 1) if task.elapsed and share > 0 else 0.0
+        progress.console.print(
+            f"{text} ({share:.0%} done, about {_duration(left)} left)", soft_wrap=True
+        )
+
+
+@contextlib.contextmanager
+def timed(progress: Progress, phase: str) -> Generator[None]:
+    """Adds the seconds spent inside to `phase`."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        spent = time.perf_counter() - start
+        progress.seconds[phase] = progress.seconds.get(phase, 0.0) + spent
+
+
+def _duration(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    minutes, rest = divmod(rest, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes into a run's report at its start and at its end."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+import qmoe_jax
+from qmoe_jax import report as reports
+from qmoe_jax.calibration import data
+from qmoe_jax.calibration.data import SampleSet
+from qmoe_jax.calibration.text import Samples
+from qmoe_jax.checkpoints.source import Source
+from qmoe_jax.models import config as configs
+from qmoe_jax.models.config import STACKS
+from qmoe_jax.report import LayerRecord, Report
+from qmoe_jax.runs import devices
+from qmoe_jax.runs.progress import Progress
+
+
+def begin(original: Source, samples: Samples, settings: dict[str, Any]) -> Report:
+    """The record as a run starts: what it was given and where it runs."""
+    config = original.config
+    checkpoint = {
+        "path": original.path,
+        "format": original.format,
+        "step": original.step,
+        "bytes": original.nbytes,
+        "parameters": sum(math.prod(shape) for shape in configs.param_shapes(config).values()),
+        "sparse_layers": sum(len(configs.sparse_layers(config, stack)) for stack in STACKS),
+        "experts": config.num_experts,
+    }
+    machine = {
+        "device": devices.description(),
+        "qmoe_jax": qmoe_jax.__version__,
+        "jax": jax.__version__,
+    }
+    found = {"calibration": samples.calibration, "validation": samples.validation}
+    described = {name: _describe(found) for name, found in found.items() if found is not None}
+    return Report(checkpoint, settings, described, machine)
+
+
+def finish(
+    report: Report,
+    layers: list[LayerRecord],
+    losses: dict[str, float],
+    packed_bytes: int,
+    shown: Progress,
+) -> Report:
+    """The record at the end of a run."""
+    return dataclasses.replace(
+        report,
+        layers=layers,
+        losses=losses,
+        totals=reports.totals(layers, report.checkpoint["parameters"], packed_bytes),
+        seconds=shown.seconds,
+        machine=report.machine | {"peak_host_bytes": devices.peak_host_bytes()},
+    )
+
+
+def _describe(samples: SampleSet) -> dict[str, Any]:
+    return {
+        "samples": len(samples),
+        "encoder_tokens": len(samples.encoder_input_tokens),
+        "decoder_tokens": len(samples.decoder_input_tokens),
+        "counts": dataclasses.asdict(samples.counts),
+        "fingerprint": data.fingerprint(samples),
+    }

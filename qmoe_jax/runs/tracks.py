@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which samples go through which version of the model, side by side in one walk."""
+
+import contextlib
+import dataclasses
+import pathlib
+import tempfile
+from collections.abc import Generator, Iterable, Mapping
+from typing import Literal, TypeAlias
+
+import numpy as np
+
+from qmoe_jax.calibration import data, walk
+from qmoe_jax.calibration.buffers import TokenBuffer
+from qmoe_jax.calibration.data import SampleSet
+from qmoe_jax.calibration.text import Samples
+from qmoe_jax.calibration.walk import Activations, Params
+from qmoe_jax.checkpoints import source
+from qmoe_jax.models.config import STACKS, Stack
+from qmoe_jax.runs import devices
+
+Version: TypeAlias = Literal["original", "round_to_nearest", "compressed"]
+
+CALIBRATION = "calibration"
+
+
+@dataclasses.dataclass(frozen=True)
+class Track:
+    """Samples on their way through one version of the model.
+
+    Validation samples have buffers of their own, which no Hessian is ever given.
+    """
+
+    name: str
+    version: Version
+    samples: SampleSet
+
+
+def make_tracks(samples: Samples, compare_round_to_nearest: bool) -> tuple[Track, ...]:
+    """The calibration's track, if there is one, and the validation's, one for each version."""
+    tracks = []
+    if samples.calibration is not None:
+        tracks.append(Track(CALIBRATION, "compressed", samples.calibration))
+    if samples.validation is not None:
+        versions: list[Version] = ["original", "compressed"]
+        if compare_round_to_nearest:
+            versions.insert(1, "round_to_nearest")
+        tracks += [Track(f"validation-{name}", name, samples.validation) for name in versions]
+    return tuple(tracks)
+
+
+def kept_positions(
+    samples: Samples, mask_special_tokens: bool
+) -> Mapping[Stack, np.ndarray | None]:
+    """For each stack the calibration positions that Hessians count; None: all."""
+    if samples.calibration is None or not mask_special_tokens:
+        return dict.fromkeys(STACKS)
+    masks = data.calibration_masks(samples.calibration, samples.lowest_sentinel_id)
+    return dict(zip(STACKS, masks, strict=True))
+
+
+def params_by_version(
+    versions: Iterable[Version], read: Mapping[str, np.ndarray], store_dtype: np.dtype
+) -> dict[Version, Params]:
+    """Parameters on the device, nested, for each version of the model.
+
+    The original computes with what was read, all others with what is stored.
+    """
+
+    stored = on_device(as_stored(read, store_dtype))
+    return {version: on_device(read) if version == "original" else stored for version in versions}
+
+
+def on_device(params: Mapping[str, np.ndarray]) -> Params:
+    """Parameters by path, as the nested dict that modules take."""
+    return source.nested({name: devices.to_device(array) for name, array in params.items()})
+
+
+def as_stored(
+    read: Mapping[str, np.ndarray], store_dtype: np.dtype, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Uncompressed parameters as they are written, their names after `prefix`."""
+    return {f"{prefix}{name}": array.astype(store_dtype) for name, array in read.items()}
+
+
+@contextlib.contextmanager
+def buffer_folder(parent: str | None) -> Generator[pathlib.Path | None]:
+    """A folder for one run's buffer files, removed with them; None where they stay in memory."""
+    if parent is None:
+        yield None
+        return
+    pathlib.Path(parent).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="qmoe_jax-", dir=parent) as folder:
+        yield pathlib.Path(folder)
+
+
+def start(
+    track: Track,
+    stack: Stack,
+    params: Params,
+    dtype: np.dtype,
+    *,
+    batch_tokens: int,
+    buffer_dir: pathlib.Path | None,
+    encoded: TokenBuffer | None,
+) -> Activations:
+    """The track's embedded samples; its buffers are files below `buffer_dir`, if given.
+
+    Raises:
+      OSError: the buffers' disk is full.
+    """
+    folder = None
+    if buffer_dir:
+        folder = buffer_dir / track.name
+        folder.mkdir(exist_ok=True)
+    return walk.start(
+        params,
+        track.samples,
+        stack,
+        dtype,
+        batch_tokens=batch_tokens,
+        encoded=encoded,
+        folder=folder,
+    )

@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much arithmetic each step of a run is, so that a progress bar can tell the time left."""
+
+from qmoe_jax.models.config import (
+    STACKS,
+    Stack,
+    SwitchConfig,
+    expert_matrices,
+    num_layers,
+    sparse_layers,
+)
+
+
+def dense_part(config: SwitchConfig, stack: Stack, sparse: bool, tokens: int) -> float:
+    """Operations of one block's dense part, without the attention scores."""
+    D, width = config.emb_dim, config.num_heads * config.head_dim
+    weights = 4 * D * width * (2 if stack == "decoder" else 1)
+    weights += D * config.num_experts if sparse else D * config.mlp_dim * _matrices(config)
+    return 2.0 * weights * tokens
+
+
+def expert_group(config: SwitchConfig, experts: int, tokens: int, solved: bool) -> float:
+    """Operations of `experts` experts that `tokens` tokens pass: forward, Hessians, solve.
+
+    Hessians are counted for every token, as if all were calibration's.
+    """
+    D, F = config.emb_dim, config.expert_mlp_dim
+    forward = 2.0 * D * F * _matrices(config)
+    if not solved:
+        return forward * tokens
+    inputs = _matrices(config) - 1
+    hessians = 2.0 * D * F * inputs + D * D + F * F
+    solve = 2.0 * (inputs * F * D * D + D * F * F) + (D**3 + F**3) / 3
+    return (forward + hessians) * tokens + solve * experts
+
+
+def whole_run(
+    config: SwitchConfig, encoder_tokens: int, decoder_tokens: int, solved: bool
+) -> float:
+    """Operations of the walk over all blocks."""
+    total = 0.0
+    for stack, tokens in zip(STACKS, (encoder_tokens, decoder_tokens), strict=True):
+        sparse = sparse_layers(config, stack)
+        for layer in range(num_layers(config, stack)):
+            total += dense_part(config, stack, layer in sparse, tokens)
+            if layer in sparse:
+                total += expert_group(config, config.num_experts, tokens, solved)
+    return total
+
+
+def _matrices(config: SwitchConfig) -> int:
+    return len(expert_matrices(config))
