@@ -15,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: setup
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/tiny_end_to_end.py
 
 test: setup
 	$(BIN)/pytest -n 2

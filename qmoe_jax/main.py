@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line, in T5X's manner: a run mode, gin files, and settings that override them.
+
+    qmoe-jax --run_mode=compress --gin.CHECKPOINT_PATH=/models/checkpoint_500100 ...
+
+Without --gin_file the run mode's defaults are taken, t5x_configs/runs/{run_mode}.gin: they say what
+must be set. docs/configuration.md lists all that can be.
+"""
+
+import logging
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import gin
+
+from qmoe_jax import bindings, options
+from qmoe_jax.checkpoints import array_files
+from qmoe_jax.options import Options
+from qmoe_jax.runs import compress, evaluate
+
+# Run mode -> function, and its parameter for the folder that config.gin goes to.
+RUN_MODES: dict[str, tuple[Callable[..., Any], str]] = {
+    "compress": (compress.compress, "output_dir"),
+    "eval": (evaluate.evaluate, "eval_output_dir"),
+}
+SMALLER = "lower EXPERTS_PER_GROUP if it was solving experts, else BATCH_TOKENS"
+ROOT = str(pathlib.Path(__file__).resolve().parents[1])  # holds t5x_configs, installed or not
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one mode; a user's mistake ends in one line on standard error and exit code 1."""
+    traceback = False
+    try:
+        given = options.parse(argv, RUN_MODES, ROOT, __doc__ or "")
+        traceback = given.traceback
+        function, folder = RUN_MODES[given.run_mode]
+        arguments = configure(function, given)
+        dry_run = arguments["dry_run"] = given.dry_run or arguments.get("dry_run", False)
+        function(**arguments)
+        if arguments.get(folder) and not dry_run:
+            array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
+    except (ValueError, OSError, RuntimeError) as error:
+        message = " ".join(str(error).split())
+        if "RESOURCE_EXHAUSTED" in message:
+            message = f"the device is out of memory ({message[:200]}); {SMALLER}"
+        elif traceback or isinstance(error, RuntimeError):
+            raise
+        print(f"qmoe-jax: error: {message}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def configure(function: Callable[..., Any], given: Options) -> dict[str, Any]:
+    """Reads gin files, then settings; returns the arguments that they give `function`.
+
+    Raises:
+      ValueError: any mistake in them.
+    """
+    gin.clear_config()
+    logging.disable(logging.ERROR)  # gin logs each folder that lacks an included file
+    try:
+        for folder in given.gin_folders:
+            gin.add_config_file_search_path(folder)
+        for file in given.gin_files:
+            gin.parse_config_file(file)
+        known = bindings.used_names(gin.config_str())
+        if not any(name.startswith(f"{function.__name__}.") for name in known):
+            default = options.default_file(given.run_mode)
+            raise ValueError(f"no gin file is for {given.run_mode}; add --gin_file={default}")
+        for name, value in given.settings:
+            _bind(name, value, known=bindings.used_names(gin.config_str()))
+        if missing := bindings.missing_names(gin.config_str()):
+            raise ValueError(f"not set: {', '.join(missing)}; add --gin.{missing[0]}=... and so on")
+        gin.finalize()
+        return _checked_arguments(function)
+    except Exception as error:  # gin raises all kinds
+        raise ValueError(bindings.explanation(error)) from error
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _bind(name: str, value: str, known: set[str]) -> None:
+    if "." not in name and name not in known:  # gin would take any macro
+        raise ValueError(f"no gin file uses {name}; {bindings.remedy(name, known)}")
+    try:
+        gin.parse_config(f"{name} = {value}")
+    except SyntaxError:
+        raise  # shows the setting itself
+    except Exception as error:
+        what = bindings.explanation(error).splitlines()[0].rstrip(".")
+        meant = "" if name in known else f"; {bindings.remedy(name, known)}"
+        raise ValueError(f"--gin.{name}: {what}{meant}") from error
+
+
+def _checked_arguments(configurable: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        written = gin.get_bindings(configurable, resolve_references=False)
+    except ValueError:
+        return {}  # a record that no gin file names
+    for record in bindings.records(configurable):
+        _checked_arguments(record)
+    arguments = gin.get_bindings(configurable)
+    bindings.check_arguments(configurable, written, arguments)
+    return arguments
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line from arguments to run, in this process; the console script once."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import gin
+import pytest
+
+from qmoe_jax import main
+
+ROOT = pathlib.Path(__file__).parents[1]
+CHECKPOINT = ROOT / "tests/data/t5x/tiny_switch_base/legacy/checkpoint_500100"
+DEMO = ROOT / "examples" / "demo"
+SMALL = (  # enough for one quick pass
+    "--gin.NUM_SAMPLES=4",
+    "--gin.NUM_VALIDATION_SAMPLES=2",
+    "--gin.TASK_FEATURE_LENGTHS={'inputs': 24}",
+    "--gin.DOCUMENT_MODE=split",
+)
+INPUTS = (f"--gin.CHECKPOINT_PATH={CHECKPOINT}", *SMALL)
+TEXT = (
+    f"--gin.SENTENCEPIECE_MODEL_FILE={DEMO / 'sentencepiece.model'}",
+    f"--gin.CALIBRATION_FILES={DEMO / 'calibration.jsonl'}",
+)
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """A working folder that holds no gin files."""
+    monkeypatch.chdir(tmp_path)
+    yield
+    gin.clear_config()
+
+
+def call(*arguments: str) -> int:
+    return main.main(["qmoe-jax", *arguments])
+
+
+def compress_arguments(folder: pathlib.Path) -> tuple[str, ...]:
+    return (*INPUTS, *TEXT, f"--gin.OUTPUT_DIR={folder / 'out'}")
+
+
+def test_compress_dry_run_reads_its_defaults_and_writes_nothing(tmp_path, capsys):
+    assert call("--dry_run", *compress_arguments(tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "822,912 parameters" in shown and "calibration: 4 samples" in shown
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_dry_run(tmp_path, capsys):
+    arguments = (*INPUTS, *TEXT, "--gin.VALIDATION_FILES=None", "--gin.EVAL_OUTPUT_DIR=out")
+    assert call("--run_mode=eval", "--dry_run", *arguments) == 0
+    assert "(t5x): 2 samples" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_eval_saves_its_config_which_repeats_it(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    quick = ("--gin.BATCH_TOKENS=128", f"--gin.VALIDATION_FILES={DEMO / 'heldout.jsonl'}")
+    arguments = (*INPUTS, *TEXT, *quick, f'--gin.EVAL_OUTPUT_DIR="{first}"')
+    assert call("--run_mode=eval", *arguments) == 0
+    again = f"--gin_file={first / 'config.gin'}"
+    assert call("--run_mode=eval", again, f"--gin.EVAL_OUTPUT_DIR={second}") == 0
+    losses = [json.loads((f / "evaluation.json").read_text())["loss"] for f in (first, second)]
+    assert losses[0] == losses[1]
+    configs = [(f / "config.gin").read_text() for f in (first, second)]
+    assert configs[0].replace(str(first), str(second)) == configs[1]
+
+
+def test_later_files_and_settings_win(tmp_path, capsys):
+    (tmp_path / "search").mkdir()
+    (tmp_path / "search" / "base.gin").write_text(
+        "include 't5x_configs/runs/compress.gin'\nNUM_SAMPLES = 3\nNUM_VALIDATION_SAMPLES = 5\n"
+    )
+    (tmp_path / "search" / "own.gin").write_text("include 'base.gin'\nNUM_SAMPLES = 2\n")
+    files = ("--gin_file=own.gin", f"--gin_search_paths={tmp_path / 'search'}")
+    required = [a for a in compress_arguments(tmp_path) if "SAMPLES" not in a]
+    assert call("--dry_run", *required, *files) == 0
+    captured = capsys.readouterr()
+    assert "calibration: 2 samples" in captured.out and "validation: 5 samples" in captured.out
+    assert "Path not found" not in captured.err
+    assert call("--dry_run", *required, *files, "--gin.compress.num_samples=1") == 0
+    assert "calibration: 1 samples" in capsys.readouterr().out
+
+
+def test_a_model_file_may_be_loaded_too(tmp_path):
+    files = (
+        "--gin_file=t5x_configs/models/switch_base_8.gin",
+        "--gin_file=t5x_configs/runs/compress.gin",
+    )
+    assert call("--dry_run", *files, *compress_arguments(tmp_path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        # names
+        (
+            ["--gin.NUM_SAMPELS=3"],
+            "no gin file uses NUM_SAMPELS; did you mean NUM_SAMPLES or NUM_VALIDATION_SAMPLES?",
+        ),
+        (
+            ["--gin.Quantizer.bit=3"],
+            "--gin.Quantizer.bit: Configurable 'Quantizer' doesn't have a parameter named 'bit'; "
+            "did you mean Quantizer.bits or ",
+        ),
+        (
+            ["--gin.Quantiser.bits=3"],
+            "--gin.Quantiser.bits: No configurable matching 'Quantiser'; "
+            "did you mean Quantizer.bits or ",
+        ),
+        (
+            ["--gin.compress.quantizer=@Quantiser()"],
+            "--gin.compress.quantizer: No configurable matching reference '@Quantiser()'",
+        ),
+        (["--gin.BITS=%MY_BITS"], "not set: MY_BITS; add --gin.MY_BITS=... and so on"),
+        # values
+        (
+            ["--gin.TASK_FEATURE_LENGTHS={inputs: 512}"],
+            "cannot read `TASK_FEATURE_LENGTHS = {inputs: 512}`; expected NAME = VALUE, text in",
+        ),
+        (["--gin.CALIBRATION_FILES=['a'"], "--gin.CALIBRATION_FILES: a bracket or quote is not "),
+        (["--gin.NUM_SAMPLES=ten"], "NUM_SAMPLES is 'ten'; expected int or None"),
+        (["--gin.compress.codec=zip"], "compress.codec is 'zip'; expected 'qmoe' or 'uniform' or "),
+        (["--gin.BITS=5"], "BITS is 5; expected 'ternary' (or 1.5), 2, 3 or 4"),
+        (["--gin.METHOD=rtm"], "METHOD is 'rtm'; expected 'gptq' or 'rtn'"),
+        (["--gin.CHECKPOINT_PATH=/nowhere"], "/nowhere "),
+        # files and flags
+        (["--gin_file=no.gin"], "no gin file no.gin in the working folder or "),
+        (
+            ["--gin_file=t5x_configs/models/switch_base_8.gin"],
+            "no gin file is for compress; add --gin_file=t5x_configs/runs/compress.gin",
+        ),
+        (["--gin_search_path=x"], "Unknown command line flag 'gin_search_path'. Did you mean: "),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, message, tmp_path, capsys):
+    assert call(*compress_arguments(tmp_path), *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"qmoe-jax: error: {message}")
+    assert error.count("\n") == 1 and " object at 0x" not in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_that_must_be_set_is_named_at_once(capsys):
+    assert call() == 1
+    assert capsys.readouterr().err == (
+        "qmoe-jax: error: not set: CALIBRATION_FILES, CHECKPOINT_PATH, OUTPUT_DIR, "
+        "SENTENCEPIECE_MODEL_FILE; add --gin.CALIBRATION_FILES=... and so on\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("import no_such_module", "No module named 'no_such_module' In file \"{file}\", line 3"),
+        ("include 'no/such.gin'", "Unable to open file: no/such.gin"),
+        ("text.Text.sead = 3", "Configurable 'text.Text' doesn't have a parameter named 'sead'"),
+        ("BITS = ternary", "{file}, line 3: cannot read `BITS = ternary`"),
+        ("BITS", "{file}, line 3: cannot read `BITS`; expected NAME = VALUE"),
+    ],
+)
+def test_a_mistake_in_a_file_names_the_line(line, message, tmp_path, capsys):
+    file = tmp_path / "own.gin"
+    file.write_text(f"include 't5x_configs/runs/compress.gin'\nSEED = 1\n{line}\n")
+    assert call(f"--gin_file={file}") == 1
+    error = capsys.readouterr().err
+    assert message.format(file=file) in error
+    assert "line 3" in error and error.count("\n") == 1
+
+
+def test_traceback_shows_where(tmp_path):
+    with pytest.raises(ValueError, match="BITS is 5"):
+        call(*compress_arguments(tmp_path), "--gin.BITS=5", "--traceback")
+
+
+def test_faults_of_the_program_are_not_disguised(tmp_path, monkeypatch):
+    def broken(*_, **__):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr("qmoe_jax.runs.compress.text.load", broken)
+    with pytest.raises(TypeError, match="a bug"):
+        call(*compress_arguments(tmp_path), "--dry_run")
+
+
+def test_console_script(tmp_path):
+    script = pathlib.Path(sys.executable).with_name("qmoe-jax")
+    arguments = [str(script), "--dry_run", *compress_arguments(tmp_path)]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "dry run" in done.stdout
