@@ -22,7 +22,7 @@ SHAPES = [(4, 3072, 768), (2, 768, 3072), (16, 3072, 768)]  # experts, rows, col
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Speed of compression")
     parser.add_argument("--gptq", action="store_true", help="GPTQ alone")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()

@@ -27,6 +27,7 @@ def sentences(samples):
 
 def test_samples_held_back_are_disjoint_and_of_the_number_asked_for(demo):
     samples = text.load(options(demo), 512, 40, 10)
+    assert samples.calibration is not None and samples.validation is not None
     assert (len(samples.calibration), len(samples.validation)) == (40, 10)
     assert not sentences(samples.calibration) & sentences(samples.validation)
     assert samples.lowest_sentinel_id == 480
@@ -35,6 +36,7 @@ def test_samples_held_back_are_disjoint_and_of_the_number_asked_for(demo):
 def test_validation_files_do_not_depend_on_the_calibration(demo):
     heldout = options(demo, validation_files=str(demo / "heldout.jsonl"))
     few, many = (text.load(heldout, 512, number, 10) for number in (5, 40))
+    assert few.validation is not None and many.validation is not None
     np.testing.assert_array_equal(
         few.validation.encoder_input_tokens, many.validation.encoder_input_tokens
     )
