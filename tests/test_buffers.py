@@ -156,6 +156,8 @@ def test_length_batches_fill_up():
     assert found == [([0, 1], (64,)), ([3, 4], (64,)), ([2], (128,))]
     batches = buffers.length_batches(np.full((3, 2), 5), 128)
     assert [batch.samples.tolist() for batch in batches] == [[0, 1], [2, -1]]
+    (batch,) = buffers.length_batches(np.full((3, 2), 5), 10**6)
+    assert batch.samples.tolist() == [0, 1, 2]
 
 
 def test_an_existing_file_is_kept(tmp_path):

@@ -172,9 +172,10 @@ def test_every_product_asks_for_full_float32():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group_size": 48}, "group_size is 48"),
-        ({"block_size": 20}, "block_size is 20"),
-        ({"damping": -1.0}, "damping is -1"),
+        ({"group_size": 48}, "GROUP_SIZE is 48"),
+        ({"block_size": 20}, "BLOCK_SIZE is 20"),
+        ({"damping": -1.0}, "DAMPING is -1"),
+        ({"damping": float("nan")}, "DAMPING is nan"),
     ],
 )
 def test_impossible_options_are_named(options, message):

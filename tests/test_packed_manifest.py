@@ -180,8 +180,8 @@ def _set(manifest: Any, path: str, value: Any) -> None:
         ("entries.0.kind", "other", "unknown kind 'other'"),
         ("entries.0.stack", "middle", "middle/layers_0 is not a sparse layer"),
         ("entries.0.layer", 1, "decoder/layers_1 is not a sparse layer"),
-        ("entries.1.start", 1, "decoder/layers_0 has 0 of 3 experts in order"),
-        ("entries.0.stop", 2, "decoder/layers_0 has 2 of 3 experts in order"),
+        ("entries.1.start", 1, "decoder/layers_0: expert 0 expected next, found experts 1 to 2"),
+        ("entries.0.stop", 2, "decoder/layers_0: expert 2 expected next, found experts 2 to 2"),
         (
             "entries.0.stop",
             4,
@@ -193,6 +193,7 @@ def _set(manifest: Any, path: str, value: Any) -> None:
         ("entries.0.file.name", "../../etc/passwd", "below the checkpoint"),
         ("entries.0.file.name", "params/outer.bin", "is there twice"),
         ("entries.4.file.arrays.other", "COPY", "`other` is not one of the model's"),
+        ("entries.7.file.arrays.token_embedder/embedding.dtype", "int32", "found int32 of shape"),
         ("entries.7.kind", "experts", "`stack` is missing"),
     ],
 )
@@ -212,8 +213,13 @@ def test_entries_are_needed_once(entry, manifest, store):
     without = json.loads(
         tiny_stores.seal(manifest | {"entries": entries[:entry] + entries[entry + 1 :]})
     )
-    with pytest.raises(ValueError, match=r"experts in order|found nothing"):
+    with pytest.raises(ValueError, match=r"has 2 experts, not 3|expert 0 expected|found nothing"):
         packed_manifest.parse(store.path, without)
+    again = copy.deepcopy(entries[entry])
+    again["file"]["name"] += ".other"
+    twice = json.loads(tiny_stores.seal(manifest | {"entries": [*entries, again]}))
+    with pytest.raises(ValueError, match=r"is there twice|expected next, found experts"):
+        packed_manifest.parse(store.path, twice)
     twice = json.loads(tiny_stores.seal(manifest | {"entries": [*entries, entries[entry]]}))
     with pytest.raises(ValueError, match="is there twice"):
         packed_manifest.parse(store.path, twice)

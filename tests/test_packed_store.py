@@ -162,7 +162,9 @@ def test_finish_refuses_an_incomplete_store(left_out, tmp_path):
     for number, (commit, *arguments) in enumerate(commits):
         if number != left_out:
             commit(tmp_path / "p", *arguments)
-    message = r"journal\.jsonl is not that of a complete checkpoint .*(experts in order|nothing)"
+    message = (
+        r"journal\.jsonl is not that of a complete checkpoint .*(has 2 exp|expert 0 exp|nothing)"
+    )
     with pytest.raises(CheckpointError, match=message):
         packed.finish(tmp_path / "p")
     with pytest.raises(CheckpointError, match="its compression did not finish; compress again"):

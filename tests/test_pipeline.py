@@ -135,8 +135,9 @@ def test_the_consumers_error_passes_and_closes_the_source():
     assert closed.is_set()
 
 
-def test_leaving_waits_for_the_item_being_read():
-    """The source is in the middle of a read when the consumer gives up."""
+@pytest.mark.parametrize("depth", [1, 3])
+def test_leaving_waits_for_the_item_being_read(depth):
+    """The source is in the middle of a read when the consumer gives up; it reads no further."""
     reading, gave_up, log = threading.Event(), threading.Event(), []
 
     def source():
@@ -146,10 +147,12 @@ def test_leaving_waits_for_the_item_being_read():
             assert gave_up.wait(PATIENCE)
             log.append("read")
             yield 1
+            log.append("read on")
+            yield 2
         finally:
             log.append("closed")
 
-    with pytest.raises(Boom), pipeline.read_ahead(source()) as ahead:
+    with pytest.raises(Boom), pipeline.read_ahead(source(), depth) as ahead:
         next(ahead)
         assert reading.wait(PATIENCE)
         threading.Timer(0.02, gave_up.set).start()
@@ -261,8 +264,10 @@ def test_a_finished_error_does_not_wait_for_a_full_queue():
         _fail()
 
     def submit_until_raised(write):
-        for _ in range(5000):
-            write(time.sleep, 0.001)
+        for _ in range(100):
+            time.sleep(0.002)
+            write(int)
+        pytest.fail("a submit after the error raises it")
 
     with pytest.raises(Boom, match="write"), pipeline.write_behind(10_000) as write:
         write(fail)

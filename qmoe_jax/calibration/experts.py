@@ -9,6 +9,7 @@ depend on which other experts are in its group.
 import collections
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 
 import jax
@@ -56,7 +57,7 @@ def assign(
 
 def token_cap(assignment: Assignment, factor: float) -> int:
     """Most tokens of one expert that its Hessian counts: `factor` times the mean over experts."""
-    return int(factor * len(assignment.rows) / (len(assignment.starts) - 1))
+    return math.ceil(factor * len(assignment.rows) / (len(assignment.starts) - 1))
 
 
 def zero_hessians(config: SwitchConfig, experts: int) -> dict[str, Float[Array, "E _ _"]]:

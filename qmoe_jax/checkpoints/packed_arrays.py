@@ -109,7 +109,7 @@ def _packed_experts(arrays: Arrays, columns: int) -> PackedExperts:
     row_starts = np.zeros((lengths.shape[0], lengths.shape[1] + 1), np.int64)
     np.cumsum(lengths, axis=1, out=row_starts[:, 1:])
     ends = np.cumsum(row_starts[:, -1])
-    if row_starts.max() >= 2**32 or ends[-1] != codes.size:
+    if ends[-1] != codes.size:
         raise ValueError(f"its rows have {ends[-1]} words, its codes {codes.size}")
     words, starts = np.split(codes, ends[:-1]), row_starts.astype(np.uint32)
     record = packed_lib.assemble(words, starts, arrays["row_values"], columns, packing.CODEC)

@@ -246,14 +246,15 @@ def _check_groups(header: Header, groups: dict[tuple[str, int], tuple[GroupEntry
     for stack, layer in places:
         at = 0
         for group in groups.get((stack, layer), ()):
-            if group.start != at or group.stop <= at:
-                break
+            if not group.start == at < group.stop:
+                found = f"experts {group.start} to {group.stop}"
+                raise ValueError(
+                    f"{stack}/layers_{layer}: expert {at} expected next, found {found}"
+                )
             _check_arrays(header, group)
             at = group.stop
         if at != config.num_experts:
-            raise ValueError(
-                f"{stack}/layers_{layer} has {at} of {config.num_experts} experts in order"
-            )
+            raise ValueError(f"{stack}/layers_{layer} has {at} experts, not {config.num_experts}")
 
 
 def _check_arrays(header: Header, group: GroupEntry) -> None:

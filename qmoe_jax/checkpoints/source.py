@@ -60,6 +60,7 @@ def open_source(
         return _packed_source(packed.open_checkpoint(pathlib.Path(path)))
     checkpoint = t5x.open_checkpoint(path)
     config = configs.config_from_shapes(t5x.shapes(checkpoint))
+    t5x.open_arrays(checkpoint, list(checkpoint.leaves))  # a missing array shows now, not in hours
 
     def expert_groups(stack: Stack, layer: int, group_size: int) -> Iterator[ExpertGroup]:
         prefix = f"{stack}/layers_{layer}/mlp/expert"

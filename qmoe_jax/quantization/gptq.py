@@ -3,17 +3,17 @@
 
 GPTQ quantizes a weight matrix column by column; each column's rounding error is made good by the
 columns that follow (Frantar et al. 2023, arXiv 2210.17323, algorithm 1). With `D = W - Q` and the
-Hessian factored as `H = M M^T`, M upper triangular, its column update is exactly
+Hessian factored as `H = N^T N`, N lower triangular, its column update is exactly
 
-    w'_j = w_j + sum_{i<j} D_i M_ij / M_jj
+    w'_j = w_j + sum_{i<j} N_ji / N_jj D_i
 
-(multiply the algorithm's `W - Q = E U` by `U^-1 = M`). So one Cholesky factorization of H, reversed
-in both axes, is all the linear algebra: the inverse Hessian of the usual formulation is never
-formed. The sum is taken left-looking, so that no weight is written twice:
+(multiply the algorithm's `W - Q = E U` by `U^-1 = N^T`). So one Cholesky factorization of H,
+reversed in both axes, is all the linear algebra: the inverse Hessian of the usual formulation is
+never formed. The sum is taken left-looking, so that no weight is written twice:
 
     superblock    an eighth of the columns: all that came before it, one large product
       block       `block_size` columns: what came before it in the superblock, one product
-        strip     16 columns: what came before it in the block, one product
+        strip     8 columns: what came before it in the block, one product
           column  what came before it in the strip
 
 Experts keep T5X's axes on entry, `[expert, in, out]` = `[E, C, R]`, which is also the layout this
@@ -32,10 +32,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from qmoe_jax.quantization import grids
 
-STRIP = 16  # columns solved one after another between two products
-UNROLLED = 8  # of those, fused; more would make XLA compute columns again for each use
+STRIP = 8  # columns solved one after another between two products; fused by XLA into one kernel
 SUPERBLOCKS = 8  # bounds both the program's size and the zeros multiplied (one in 8)
-ERROR_ROWS = 256  # rows that the reported error is measured on
+ERROR_ROWS = 64  # rows that the reported error is measured on
 MIN_DAMPING = 1e-6
 
 
@@ -53,7 +52,7 @@ class Quantized:
     grid: Float[Array, "2 E R G"]
     kernel: Float[Array, "E C R"]  # dequantized, T5X's axes
     not_pd: Bool[Array, " E"]  # the Hessian was not positive definite: rounded to nearest
-    error: Float[Array, " E"]  # |W - Q|^2 / |W|^2 under the damped Hessian; of up to 256 rows
+    error: Float[Array, " E"]  # |W - Q|^2 / |W|^2 under the damped Hessian; of up to 64 rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +67,13 @@ class GptqOptions:
     def __post_init__(self):
         group, block = self.group_size, self.block_size
         if block <= 0 or block % STRIP:
-            raise ValueError(f"block_size is {block}; expected a positive multiple of {STRIP}")
+            raise ValueError(f"BLOCK_SIZE is {block}; expected a positive multiple of {STRIP}")
         if group is not None and (group <= 0 or (block % group and group % block)):
             raise ValueError(
-                f"group_size is {group}; expected a divisor or a multiple of block_size {block}"
+                f"GROUP_SIZE is {group}; expected a divisor or a multiple of BLOCK_SIZE {block}"
             )
-        if self.damping < 0:
-            raise ValueError(f"damping is {self.damping}; expected 0 or more")
+        if not 0 <= self.damping < math.inf:
+            raise ValueError(f"DAMPING is {self.damping}; expected a number of 0 or more")
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "store_bfloat16"))
@@ -119,7 +118,7 @@ def gptq(
       store_bfloat16: round grids to bfloat16 before the solve (`grids.fit`).
     """
     C = kernel.shape[1]
-    order_EC, M_ECC, not_pd_E = _factor(hessian.astype(jnp.float32), options)
+    order_EC, N_ECC, not_pd_E = _factor(hessian.astype(jnp.float32), options)
     W_ECR = _take(kernel.astype(jnp.float32), order_EC)
 
     group = options.group_size if options.group_size and options.group_size < C else None
@@ -127,24 +126,26 @@ def gptq(
     block = min(max(options.block_size, group or 0), -(-C // unit) * unit)
     padding = -C % block
     W_ECR = jnp.pad(W_ECR, ((0, 0), (0, padding), (0, 0)))
-    M_ECC = _pad_with_identity(M_ECC, padding)
+    N_ECC = _pad_with_identity(N_ECC, padding)
 
-    levels_ECR, grid_2EGR, D_ECR = _solve(W_ECR, M_ECC, bits, block, group, store_bfloat16)
-    Q_ECR = grids.dequantize(levels_ECR, _per_column(grid_2EGR, levels_ECR.shape[1]), bits)
+    D_ECR, grid_2EGR = _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16)
+    grid_2ECR = _per_column(grid_2EGR, W_ECR.shape[1])
+    levels_ECR = grids.quantize(W_ECR - D_ECR, grid_2ECR, bits)
+    Q_ECR = grids.dequantize(levels_ECR, grid_2ECR, bits)
     back_EC = None if order_EC is None else jnp.argsort(order_EC, axis=1)
     return Quantized(
         levels=_take(levels_ECR[:, :C], back_EC).mT,
         grid=grid_2EGR[:, :, : -(-C // (group or C))].swapaxes(2, 3),
         kernel=_take(Q_ECR[:, :C], back_EC),
         not_pd=not_pd_E,
-        error=_relative_error(M_ECC, D_ECR, W_ECR),
+        error=_relative_error(N_ECC, D_ECR, W_ECR),
     )
 
 
 def _factor(
     H_ECC: Float[Array, "E C C"], options: GptqOptions
 ) -> tuple[Int[Array, "E C"] | None, Float[Array, "E C C"], Bool[Array, " E"]]:
-    """The order of the columns, and in it the upper triangular M of `H + damping = M M^T`."""
+    """The order of the columns, and in it the lower triangular N of `H + damping = N^T N`."""
     C = H_ECC.shape[1]
     diagonal_EC = jnp.diagonal(H_ECC, axis1=1, axis2=2)
     damping_E1 = jnp.maximum(options.damping * diagonal_EC.mean(1, keepdims=True), MIN_DAMPING)
@@ -154,15 +155,15 @@ def _factor(
         H_ECC = _take(_take(H_ECC, order_EC).mT, order_EC).mT
     H_ECC = H_ECC + damping_E1[..., None] * jnp.eye(C, dtype=H_ECC.dtype)[None]
     L_ECC = lax.linalg.cholesky(H_ECC[:, ::-1, ::-1], symmetrize_input=False)
-    not_pd_E = ~jnp.isfinite(L_ECC).all((1, 2))
-    M_ECC = jnp.where(not_pd_E[:, None, None], jnp.eye(C)[None], L_ECC[:, ::-1, ::-1])
-    return order_EC, M_ECC, not_pd_E
+    not_pd_E = ~jnp.isfinite(jnp.diagonal(L_ECC, axis1=1, axis2=2)).all(1)
+    N_ECC = jnp.where(not_pd_E[:, None, None], jnp.eye(C)[None], L_ECC.mT[:, ::-1, ::-1])
+    return order_EC, N_ECC, not_pd_E
 
 
-def _solve(W_ECR, M_ECC, bits, block, group, store_bfloat16):
-    """The column recursion; everything padded to whole blocks. Returns levels, grid and D."""
+def _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16):
+    """The column recursion; everything padded to whole blocks. Returns D and the grid."""
     E, C, R = W_ECR.shape
-    scaled_ECC = M_ECC / jnp.diagonal(M_ECC, axis1=1, axis2=2)[:, None, :]
+    scaled_ECC = N_ECC / jnp.diagonal(N_ECC, axis1=1, axis2=2)[..., None]
     groups = C // group if group else 1
     row_grid_2ER = grids.fit(W_ECR, bits, store_bfloat16)
     grid_2EGR = jnp.broadcast_to(row_grid_2ER[:, :, None, :], (2, E, groups, R))
@@ -170,37 +171,36 @@ def _solve(W_ECR, M_ECC, bits, block, group, store_bfloat16):
     width = per_superblock * block
 
     def solve_block(index, state):
-        D_ECR, levels_ECR, grid_2EGR, before_EcR = state
+        D_ECR, grid_2EGR, before_EcR = state
         at, inside = index * block, index % per_superblock * block
         start = at - inside
         before_EcR = _superblock_update(scaled_ECC, D_ECR, before_EcR, width, start, inside == 0)
-        scaled_EcB = lax.dynamic_slice(scaled_ECC, (0, start, at), (E, width, block))
+        scaled_EBc = lax.dynamic_slice(scaled_ECC, (0, at, start), (E, block, width))
         update_EBR = lax.dynamic_slice_in_dim(before_EcR, inside, block, 1)
         if per_superblock > 1:
             # Columns not yet solved are still zero in D.
-            update_EBR += _mT_times(scaled_EcB, lax.dynamic_slice_in_dim(D_ECR, start, width, 1))
+            update_EBR += _times(scaled_EBc, lax.dynamic_slice_in_dim(D_ECR, start, width, 1))
         W_EBR = lax.dynamic_slice_in_dim(W_ECR, at, block, 1)
         if group:
-            M_EBB = lax.dynamic_slice(M_ECC, (0, at, at), (E, block, block))
-            lazy_EBR = W_EBR + _update_by_earlier_blocks(update_EBR, M_EBB)
+            N_EBB = lax.dynamic_slice(N_ECC, (0, at, at), (E, block, block))
+            lazy_EBR = W_EBR + _update_by_earlier_blocks(update_EBR, N_EBB)
             fitted_2EgR = _fit_groups(lazy_EBR, bits, group, store_bfloat16)
             grid_2EGR = lax.dynamic_update_slice_in_dim(grid_2EGR, fitted_2EgR, at // group, 2)
-            grid_2EBR = _per_column(fitted_2EgR, block)
+            grid_2EbR = _per_column(fitted_2EgR, block)
         else:
-            grid_2EBR = _per_column(grid_2EGR, block)
-        scaled_EBB = lax.dynamic_slice_in_dim(scaled_EcB, inside, block, 1)
-        D_EBR, levels_EBR = _solve_strips(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EBR, bits)
+            grid_2EbR = grid_2EGR  # one for all columns
+        scaled_EBB = lax.dynamic_slice_in_dim(scaled_EBc, inside, block, 2)
+        D_EBR = _solve_strips(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EbR, bits)
         D_ECR = lax.dynamic_update_slice_in_dim(D_ECR, D_EBR, at, 1)
-        levels_ECR = lax.dynamic_update_slice_in_dim(levels_ECR, levels_EBR, at, 1)
-        return D_ECR, levels_ECR, grid_2EGR, before_EcR
+        return D_ECR, grid_2EGR, before_EcR
 
     # The last superblock may reach past the columns: room for its slices.
     rest = -C % width
     scaled_ECC = jnp.pad(scaled_ECC, ((0, 0), (0, rest), (0, rest)))
     D_ECR = jnp.zeros((E, C + rest, R))
-    state = (D_ECR, jnp.zeros(W_ECR.shape, jnp.uint8), grid_2EGR, jnp.zeros((E, width, R)))
-    D_ECR, levels_ECR, grid_2EGR, _ = lax.fori_loop(0, C // block, solve_block, state)
-    return levels_ECR, grid_2EGR, D_ECR[:, :C]
+    state = (D_ECR, grid_2EGR, jnp.zeros((E, width, R)))
+    D_ECR, grid_2EGR, _ = lax.fori_loop(0, C // block, solve_block, state)
+    return D_ECR[:, :C], grid_2EGR
 
 
 def _superblock_update(scaled_ECC, D_ECR, before_EcR, width, start, entering):
@@ -210,23 +210,21 @@ def _superblock_update(scaled_ECC, D_ECR, before_EcR, width, start, entering):
     """
 
     def product(first):
-        return lambda: _mT_times(scaled_ECC[:, :first, first : first + width], D_ECR[:, :first])
+        return lambda: _times(scaled_ECC[:, first : first + width, :first], D_ECR[:, :first])
 
     starts = range(0, D_ECR.shape[1], width)
     branch = jnp.where(entering, start // width + 1, 0)
     return lax.switch(branch, [lambda: before_EcR, *(product(first) for first in starts)])
 
 
-def _update_by_earlier_blocks(update_EBR, M_EBB):
+def _update_by_earlier_blocks(update_EBR, N_EBB):
     """What the usual algorithm has added to a block's columns when it reaches the block.
 
-    `update` is `D M / diag(M)` over the earlier columns; the usual `E U` over the same columns is
-    `D M M_BB^-1`, M_BB being the block's own corner of M. Grids of column groups are fitted on it.
+    `update` is `N D / diag(N)` over the earlier columns; the usual `U^T E` over the same columns is
+    `N_BB^-1 N D`, N_BB being the block's own corner of N. Grids of column groups are fitted on it.
     """
-    product_EBR = update_EBR * jnp.diagonal(M_EBB, axis1=1, axis2=2)[..., None]
-    return lax.linalg.triangular_solve(
-        M_EBB, product_EBR, left_side=True, lower=False, transpose_a=True
-    )
+    product_EBR = update_EBR * jnp.diagonal(N_EBB, axis1=1, axis2=2)[..., None]
+    return lax.linalg.triangular_solve(N_EBB, product_EBR, left_side=True, lower=True)
 
 
 def _fit_groups(W_EBR, bits, group, store_bfloat16):
@@ -234,61 +232,62 @@ def _fit_groups(W_EBR, bits, group, store_bfloat16):
     return grids.fit(W_EBR.reshape(E, B // group, group, R), bits, store_bfloat16)
 
 
-def _solve_strips(target_EBR, W_EBR, scaled_EBB, grid_2EBR, bits, widths=(STRIP, UNROLLED)):
-    """Quantizes columns in strips of `widths[0]`, each in strips of `widths[1]` and so on.
+def _solve_strips(target_EBR, W_EBR, scaled_EBB, grid_2EbR, bits):
+    """D of a block's columns.
 
-    `target` is W plus the update by the columns before these. Returns D and levels.
+    `target` is W plus the update by earlier blocks; the grid has one column for all of the block's,
+    or one for each.
     """
-    if not widths:
-        return _solve_columns(target_EBR, W_EBR, scaled_EBB, grid_2EBR, bits)
-    width, *narrower = widths
 
-    def strip(index, state):
-        D_EBR, levels_EBR = state
-        at = index * width
-        scaled_EBS = lax.dynamic_slice_in_dim(scaled_EBB, at, width, 2)
-        target_ESR = lax.dynamic_slice_in_dim(target_EBR, at, width, 1)
-        D_ESR, levels_ESR = _solve_strips(
-            target_ESR + _mT_times(scaled_EBS, D_EBR),  # D is zero in columns not yet solved
-            lax.dynamic_slice_in_dim(W_EBR, at, width, 1),
-            lax.dynamic_slice_in_dim(scaled_EBS, at, width, 1),
-            lax.dynamic_slice_in_dim(grid_2EBR, at, width, 2),
+    def strip(index, D_EBR):
+        at = index * STRIP
+        scaled_ESB = lax.dynamic_slice_in_dim(scaled_EBB, at, STRIP, 1)
+        target_ESR = lax.dynamic_slice_in_dim(target_EBR, at, STRIP, 1)
+        D_ESR = _solve_columns(
+            target_ESR + _times(scaled_ESB, D_EBR),  # D is zero in columns not yet solved
+            lax.dynamic_slice_in_dim(W_EBR, at, STRIP, 1),
+            lax.dynamic_slice_in_dim(scaled_ESB, at, STRIP, 2),
+            _columns(grid_2EbR, at),
             bits,
-            narrower,
         )
-        return (
-            lax.dynamic_update_slice_in_dim(D_EBR, D_ESR, at, 1),
-            lax.dynamic_update_slice_in_dim(levels_EBR, levels_ESR, at, 1),
-        )
+        return lax.dynamic_update_slice_in_dim(D_EBR, D_ESR, at, 1)
 
-    state = (jnp.zeros_like(W_EBR), jnp.zeros(W_EBR.shape, jnp.uint8))
-    return lax.fori_loop(0, W_EBR.shape[1] // width, strip, state)
+    return lax.fori_loop(0, W_EBR.shape[1] // STRIP, strip, jnp.zeros_like(W_EBR))
 
 
-def _solve_columns(target_EuR, W_EuR, scaled_Euu, grid_2EuR, bits):
+def _columns(grid_2EbR, at):
+    if grid_2EbR.shape[2] == 1:
+        return grid_2EbR
+    return lax.dynamic_slice_in_dim(grid_2EbR, at, STRIP, 2)
+
+
+def _solve_columns(target_ESR, W_ESR, scaled_ESS, grid_2EbR, bits):
     """The innermost recursion, one column after another; unrolled, so that columns fuse."""
-    D, levels = [], []
-    for j in range(W_EuR.shape[1]):
-        target_ER = target_EuR[:, j]
+    D = []
+    for j in range(STRIP):
+        target_ER = target_ESR[:, j]
         for i in range(j):
-            target_ER += scaled_Euu[:, i, j, None] * D[i]
-        levels.append(grids.quantize(target_ER, grid_2EuR[:, :, j], bits))
-        D.append(W_EuR[:, j] - grids.dequantize(levels[j], grid_2EuR[:, :, j], bits))
-    return jnp.stack(D, 1), jnp.stack(levels, 1)
+            target_ER += scaled_ESS[:, j, i, None] * D[i]
+        grid_2ER = grid_2EbR[:, :, min(j, grid_2EbR.shape[2] - 1)]
+        levels_ER = grids.quantize(target_ER, grid_2ER, bits)
+        D.append(W_ESR[:, j] - grids.dequantize(levels_ER, grid_2ER, bits))
+    return jnp.stack(D, 1)
 
 
-def _mT_times(A_EKM, B_EKN):
-    return jnp.einsum("ekm,ekn->emn", A_EKM, B_EKN, precision=lax.Precision.HIGHEST)
+def _times(A_EMK, B_EKN):
+    return jnp.matmul(A_EMK, B_EKN, precision=lax.Precision.HIGHEST)
 
 
-def _relative_error(M_ECC, D_ECR, W_ECR) -> Float[Array, " E"]:
-    """`|D M|^2 / |W M|^2` over evenly spaced rows: tr(D H D^T) / tr(W H W^T)."""
+def _relative_error(N_ECC, D_ECR, W_ECR) -> Float[Array, " E"]:
+    """`|N D|^2 / |N W|^2` over evenly spaced rows: tr(D^T H D) / tr(W^T H W)."""
     step = -(-W_ECR.shape[2] // ERROR_ROWS)
-    error_ECr, energy_ECr = (_mT_times(M_ECC, X[:, :, ::step]) for X in (D_ECR, W_ECR))
+    error_ECr, energy_ECr = (_times(N_ECC, X[:, :, ::step]) for X in (D_ECR, W_ECR))
     return jnp.sum(error_ECr**2, (1, 2)) / jnp.sum(energy_ECr**2, (1, 2))
 
 
 def _per_column(grid_2EGR, columns):
+    if grid_2EGR.shape[2] == 1:
+        return jnp.broadcast_to(grid_2EGR, (*grid_2EGR.shape[:2], columns, grid_2EGR.shape[3]))
     return jnp.repeat(grid_2EGR, columns // grid_2EGR.shape[2], axis=2)
 
 
@@ -299,8 +298,8 @@ def _take(X_ECN, order_EC):
     return jnp.take_along_axis(X_ECN, order_EC[..., None], axis=1)
 
 
-def _pad_with_identity(M_ECC, padding):
-    padded = jnp.pad(M_ECC, ((0, 0), (0, padding), (0, padding)))
-    C = M_ECC.shape[1]
+def _pad_with_identity(N_ECC, padding):
+    padded = jnp.pad(N_ECC, ((0, 0), (0, padding), (0, padding)))
+    C = N_ECC.shape[1]
     tail = jnp.arange(C, C + padding)
     return padded.at[:, tail, tail].set(1.0)

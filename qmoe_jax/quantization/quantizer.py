@@ -42,7 +42,7 @@ class Quantizer:
             raise ValueError(f"METHOD is {self.method!r}; expected 'gptq' or 'rtn'")
         if self.method == "rtn" and self.group_size:
             raise ValueError("GROUP_SIZE is for METHOD 'gptq'; round-to-nearest has one grid a row")
-        if self.token_cap <= 0:
+        if not self.token_cap > 0:
             raise ValueError(f"TOKEN_CAP is {self.token_cap}; expected more than 0")
         _ = self.options  # checks the rest
 
