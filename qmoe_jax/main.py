@@ -46,6 +46,9 @@ def main(argv: Sequence[str]) -> int:
         function(**arguments)
         if arguments.get(folder) and not dry_run:
             array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
+    except KeyboardInterrupt:
+        print("qmoe-jax: interrupted; what was written so far is incomplete", file=sys.stderr)
+        return 130
     except (ValueError, OSError, RuntimeError) as error:
         message = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" in message:

@@ -192,3 +192,21 @@ def test_console_script(tmp_path):
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "dry run" in done.stdout
+
+
+def test_out_of_memory_and_an_interrupt_end_in_one_line(tmp_path, monkeypatch, capsys):
+    def fail_with(error):
+        def failing(checkpoint_path, output_dir, text_options, **options):
+            raise error
+
+        arguments = dict.fromkeys(("checkpoint_path", "output_dir", "text_options"), "")
+        monkeypatch.setattr(main, "configure", lambda *_: arguments)
+        monkeypatch.setitem(main.RUN_MODES, "compress", (failing, "output_dir"))
+        return call(*compress_arguments(tmp_path))
+
+    assert fail_with(RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")) == 1
+    assert "lower EXPERTS_PER_GROUP" in capsys.readouterr().err
+    assert fail_with(KeyboardInterrupt()) == 130
+    assert "interrupted" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="a bug"):
+        fail_with(RuntimeError("a bug"))

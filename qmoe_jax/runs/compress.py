@@ -219,6 +219,7 @@ def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, float]]:
     outer = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
     encoded, states = {}, {}
     for stack in STACKS:
+        states = {}  # frees the encoder's buffers, but for its outputs
         with progress.timed(run.shown, "dense part"):
             states = {t.name: _start(run, t, stack, outer[t.version], encoded) for t in run.tracks}
         for layer in range(configs.num_layers(config, stack)):

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_switch
+
+from qmoe_jax.runs import devices
+
+
+def test_a_cpu_computes_in_float32_unless_told_otherwise():
+    assert devices.activation_dtype(None) == np.float32
+    assert devices.activation_dtype("bfloat16") == jnp.bfloat16
+    with pytest.raises(ValueError, match="ACTIVATION_DTYPE is 'float64'"):
+        devices.activation_dtype("float64")
+
+
+def test_groups_are_equal_and_fit_the_budget(monkeypatch):
+    config = dataclasses.replace(tiny_switch.config("tiny_switch_base"), num_experts=100)
+    one = devices.group_bytes(config)
+    monkeypatch.setattr(devices, "CPU_GROUP_BYTES", 30 * one)
+    assert devices.experts_per_group(config, None) == 25
+    monkeypatch.setattr(devices, "CPU_GROUP_BYTES", one // 2)
+    assert devices.experts_per_group(config, None) == 1
+    assert devices.experts_per_group(config, 1000) == 100
+    with pytest.raises(ValueError, match="EXPERTS_PER_GROUP is 0"):
+        devices.experts_per_group(config, 0)
+
+
+def test_what_is_on_the_device_does_not_follow_the_host():
+    host = np.ones((4, 16), np.float32)
+    device = devices.to_device(host)
+    host[:] = 7
+    assert (np.asarray(device) == 1).all()
