@@ -8,6 +8,7 @@ must be set. docs/configuration.md lists all that can be.
 """
 
 import logging
+import os
 import pathlib
 import sys
 from collections.abc import Callable, Sequence
@@ -25,13 +26,20 @@ RUN_MODES: dict[str, tuple[Callable[..., Any], str]] = {
     "compress": (compress.compress, "output_dir"),
     "eval": (evaluate.evaluate, "eval_output_dir"),
 }
+INTERRUPTED = 130
 SMALLER = "lower EXPERTS_PER_GROUP if it was solving experts, else BATCH_TOKENS"
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])  # holds t5x_configs, installed or not
 
 
 def run() -> None:
     """The console script."""
-    sys.exit(main(sys.argv))
+    code = main(sys.argv)
+    if code == INTERRUPTED:
+        # JAX's threads may still be at work, and crash in a regular exit.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
             array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
     except KeyboardInterrupt:
         print("qmoe-jax: interrupted; what was written so far is incomplete", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         message = " ".join(str(error).split())
         if "RESOURCE_EXHAUSTED" in message:

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -90,7 +91,20 @@ def save(report: Report, path: pathlib.Path) -> None:
     Raises:
       CheckpointError: the disk is full or cannot be written.
     """
-    array_files.write_text(path, json.dumps(dataclasses.asdict(report), indent=1) + "\n")
+    array_files.write_text(path, to_json(dataclasses.asdict(report)))
+
+
+def to_json(record: Any) -> str:
+    """JSON text; what is not finite becomes null, which JSON has, and not NaN, which it has not."""
+
+    def finite(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: finite(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [finite(item) for item in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(finite(record), indent=1, allow_nan=False) + "\n"
 
 
 def introduction(report: Report) -> str:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop on checkpoints that T5X wrote: what is stored is what was computed."""
 
+import dataclasses
 import io
 import json
 
@@ -121,10 +122,15 @@ def test_report_counts_everything_that_is_stored(compressed):
     assert saved["layers"][0]["tokens"] == report.layers[0].tokens
 
 
+def stored_expert_bytes(folder):
+    groups = (group for found in packed.open_checkpoint(folder).groups.values() for group in found)
+    return sum(entry.nbytes for group in groups for entry in group.file.arrays.values())
+
+
 def test_compressed_weights_are_ternary_and_bits_are_the_files(compressed):
     output, report = compressed
     opened = source.open_source(output)
-    zeros, weights, bits = 0, 0, 0
+    zeros, weights = 0, 0
     for stack in configs.STACKS:
         for layer in (1, 3):
             for group in opened.expert_groups(stack, layer, 8):
@@ -133,14 +139,12 @@ def test_compressed_weights_are_ternary_and_bits_are_the_files(compressed):
                     weights += kernel.size
                     for row in kernel[0].T:
                         assert len(np.unique(row)) <= 3
-    for groups in packed.open_checkpoint(output).groups.values():
-        bits += sum(8 * e.nbytes for group in groups for e in group.file.arrays.values())
+    bits = 8 * stored_expert_bytes(output)
     assert report.totals["zero_fraction"] == zeros / weights
     assert report.totals["bits_per_expert_weight"] == bits / weights
 
 
-def test_gptq_loses_less_than_rounding_under_its_hessian(compressed):
-    """On random weights the loss says little; the layer errors say it for every expert."""
+def test_the_error_of_every_expert_is_reported(compressed):
     for layer in compressed[1].layers:
         for matrix in layer.matrices.values():
             assert all(0 < error < 1 for error in matrix.error if error is not None)
@@ -169,6 +173,7 @@ def test_other_quantizers_store_what_they_computed(quantizer, data_dir, text, tm
     path = checkpoint(data_dir, "tiny_switch_base")
     report = run(path, tmp_path / "out", text, quantizer=quantizer)
     assert report.losses["compressed"] == loss_of(tmp_path / "out", text)
+    assert report.totals["expert_bytes"] == stored_expert_bytes(tmp_path / "out")
 
 
 @pytest.mark.parametrize("store_dtype", ["float32", "bfloat16"])
@@ -208,6 +213,28 @@ def test_settings_are_what_the_store_and_the_report_say(compressed, data_dir, te
     assert header.source["step"] == 500100
 
 
+def test_validation_text_does_not_reach_the_weights(compressed, data_dir, text, tmp_path):
+    path = checkpoint(data_dir, "tiny_switch_base")
+    other = tmp_path / "other.txt"
+    other.write_text("quite another text, many times over, to be cut into samples\n" * 400)
+    report = run(path, tmp_path / "out", dataclasses.replace(text, validation_files=str(other)))
+    assert report.losses["compressed"] != compressed[1].losses["compressed"]
+    assert files(tmp_path / "out") == files(compressed[0])
+
+
+def test_a_packed_checkpoint_is_not_compressed_again(compressed, text, tmp_path):
+    with pytest.raises(ValueError, match="is a packed checkpoint already"):
+        run(compressed[0], tmp_path / "out", text)
+
+
+def test_a_pack_is_evaluated_in_smaller_groups_than_it_was_made_in(compressed, text):
+    quiet = rich.console.Console(file=io.StringIO())
+    compute = compress.Compute(experts_per_group=3)
+    options = {"num_validation_samples": 8, "compute": compute, "console": quiet}
+    again = evaluate.evaluate(str(compressed[0]), text, **options)
+    assert again["loss"] == compressed[1].losses["compressed"]
+
+
 def test_dry_run_writes_nothing(data_dir, text, tmp_path):
     path = checkpoint(data_dir, "tiny_switch_base")
     report = run(path, tmp_path / "out", text, dry_run=True)
@@ -228,6 +255,8 @@ def test_dry_run_writes_nothing(data_dir, text, tmp_path):
         ({"compute": {"activation_dtype": "int8"}}, "ACTIVATION_DTYPE is 'int8'"),
         ({"compute": {"experts_per_group": 0}}, "EXPERTS_PER_GROUP is 0"),
         ({"samples": 0}, "NUM_SAMPLES is 0"),
+        ({"compute": {"batch_tokens": 0}}, "BATCH_TOKENS is 0"),
+        ({"compute": {"read_budget": -1}}, "READ_BUDGET is -1"),
         ({"samples": 100_000}, "gave .* of the 100000 samples"),
     ],
 )
@@ -255,3 +284,30 @@ def test_a_missing_chunk_is_named_and_leaves_no_finished_store(data_dir, text, t
         run(copy, tmp_path / "out", text)
     with pytest.raises(CheckpointError, match="did not finish"):
         packed.open_checkpoint(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("decoder/layers_1/mlp/expert/wo/kernel", np.nan),
+        ("encoder/layers_3/mlp/expert/wi/kernel", 3.4e38),
+        ("encoder/layers_3/mlp/router/router_weights/w/kernel", np.nan),
+        ("token_embedder/embedding", np.inf),
+    ],
+)
+def test_weights_that_are_not_finite_are_named(name, value, data_dir, text, tmp_path):
+    original = t5x.open_checkpoint(checkpoint(data_dir, "tiny_switch_base"))
+    params = dict(t5x.read_many(original, list(original.leaves)))
+    params[name] = params[name].copy()
+    params[name].reshape(-1)[-1] = value
+    copy = t5x_writer.save(tmp_path / "copy", params, step=7)
+    where = f"expert 7 of `{name}` holds" if "/expert/" in name else f"{name}` of .* holds NaN"
+    with pytest.raises(CheckpointError, match=where):
+        run(copy, tmp_path / "out", text)
+
+
+def test_round_to_nearest_asks_for_no_calibration_text(data_dir, text, tmp_path):
+    path = checkpoint(data_dir, "tiny_switch_base")
+    options = {"samples": None, "quantizer": Quantizer(method="rtn"), "dry_run": True}
+    report = run(path, tmp_path / "out", dataclasses.replace(text, files=()), **options)
+    assert set(report.samples) == {"validation"}

@@ -64,6 +64,11 @@ def test_folders_globs_and_lists_are_sorted_and_read_once(tmp_path):
     ]
 
 
+def test_double_star_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not supported"):
+        next(corpora.documents(str(tmp_path / "**" / "*.txt")))
+
+
 def test_glob_over_folders(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder).mkdir()

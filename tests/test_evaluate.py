@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
 import json
+from typing import Any
 
 import pytest
 import rich.console
@@ -27,11 +28,17 @@ def quiet():
 def test_samples_held_back_are_found_again(text, data_dir, tmp_path):
     """Compression takes them from the end of its own text; evaluation repeats the draw."""
     path = str(data_dir / "t5x" / "tiny_switch_base" / "legacy")
-    numbers = {"num_samples": 8, "num_validation_samples": 4}
+    numbers: dict[str, Any] = {"num_samples": 8, "num_validation_samples": 4}
     report = compress.compress(path, str(tmp_path / "out"), text, console=quiet(), **numbers)
     result = evaluate.evaluate(str(tmp_path / "out"), text, console=quiet(), **numbers)
     assert result["loss"] == report.losses["compressed"]
     assert result["fingerprint"] == report.samples["validation"]["fingerprint"]
+    others: tuple[dict[str, Any], ...] = ({"num_samples": 6}, {"num_validation_samples": 3})
+    for other in others:
+        with pytest.raises(ValueError, match="not the samples that the compression"):
+            evaluate.evaluate(str(tmp_path / "out"), text, console=quiet(), **(numbers | other))
+    with pytest.raises(ValueError, match="choose another folder"):
+        evaluate.evaluate(path, text, eval_output_dir=str(tmp_path / "out"), console=quiet())
 
 
 def test_the_result_is_saved(text, data_dir, tmp_path):

@@ -60,7 +60,7 @@ def test_uniform_levels():
     grid = np.ones((2, 3, 2), np.float32)
     packed = uniform.pack_uniform(np.zeros((2, 3, 40), np.uint8), grid, grid, 3, group_size=20)
     counted = rates.bits_per_weight(packed)
-    assert counted == rates.StoredBits(2 * 3 * 40, 2 * 3 * 2 * 3 * 32, 0, 2 * 2 * 3 * 2 * 32)
+    assert counted == rates.StoredBits(2 * 3 * 40, 2 * 3 * 2 * 3 * 32, 0, 2 * 3 * 2 * (16 + 8))
 
 
 def test_entropy_of_counts():

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import io
+import json
 
 import numpy as np
 import pytest
@@ -34,6 +35,11 @@ def test_totals_by_hand(layers):
     assert found["expert_compression"] == 16 * 4000 / 3200
     assert found["compression"] == 20_000 / 2500
     assert found["bits_per_parameter"] == 2.0
+
+
+def test_what_is_not_finite_is_null_in_json():
+    text = reports.to_json({"losses": {"original": float("nan"), "compressed": 1.5}, "n": (1, 2)})
+    assert json.loads(text) == {"losses": {"original": None, "compressed": 1.5}, "n": [1, 2]}
 
 
 def test_summary_shows_losses_sizes_and_every_fallback(layers):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -54,6 +56,19 @@ def test_another_seed_gives_other_samples(demo):
 def test_a_tokenizer_larger_than_the_embedding_is_refused(demo):
     with pytest.raises(ValueError, match=r"512.*500"):
         text.load(options(demo), 500, 1, 0)
+
+
+def test_numbers_that_cannot_be(demo):
+    with pytest.raises(ValueError, match="NUM_VALIDATION_SAMPLES is -1"):
+        text.load(options(demo), 512, 1, -1)
+    with pytest.raises(ValueError, match="SEED is -1"):
+        text.load(options(demo, seed=-1), 512, 1, 0)
+    with pytest.raises(ValueError, match="CALIBRATION_FILES is not set"):
+        text.load(options(demo, files=()), 512, 1, 0)
+    same = options(demo)
+    same = dataclasses.replace(same, validation_files=same.files)
+    with pytest.raises(ValueError, match="the same text"):
+        text.load(same, 512, 1, 1)
 
 
 @pytest.mark.parametrize(

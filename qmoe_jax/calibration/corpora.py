@@ -77,6 +77,8 @@ def _glob(path: epath.Path) -> Iterator[epath.Path]:
     wild = next((i for i, part in enumerate(path.parts) if set(part) & set("*?[")), None)
     if wild is None:
         return iter(())
+    if "**" in path.parts:
+        raise ValueError(f"{path} holds `**`, which is not supported: give the folders one by one.")
     return epath.Path(*path.parts[:wild]).glob("/".join(path.parts[wild:]))
 
 

@@ -189,7 +189,7 @@ def calibration_masks(
 
 
 def fingerprint(samples: SampleSet) -> str:
-    """Returns the SHA-256 of the token arrays and offsets, by which a resumed run knows them."""
+    """Returns the SHA-256 of the token arrays and offsets, by which another run knows them."""
     digest = hashlib.sha256()
     for field in dataclasses.fields(samples):
         array = getattr(samples, field.name)

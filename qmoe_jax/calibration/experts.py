@@ -10,7 +10,7 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from qmoe_jax.calibration.buffers import TokenBuffer
 from qmoe_jax.calibration.walk import Params, Routes
 from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import SwitchConfig, input_matrices
-from qmoe_jax.models.layers import activate, add_residual, rms_norm
+from qmoe_jax.models.layers import activate, add_residual, matmul, rms_norm
 from qmoe_jax.models.moe import expert_mlp
 from qmoe_jax.quantization import hessian
 
@@ -60,12 +60,12 @@ def token_cap(assignment: Assignment, factor: float) -> int:
     return math.ceil(factor * len(assignment.rows) / (len(assignment.starts) - 1))
 
 
-def zero_hessians(config: SwitchConfig, experts: int) -> dict[str, Float[Array, "E _ _"]]:
+def zero_hessians(
+    config: SwitchConfig, experts: int, kinds: Sequence[str] = ("in", "out")
+) -> dict[str, Float[Array, "E _ _"]]:
     """Of what goes into the experts (`in`) and of their hidden units (`out`)."""
-    return {
-        "in": hessian.zeros(experts, config.emb_dim),
-        "out": hessian.zeros(experts, config.expert_mlp_dim),
-    }
+    widths = {"in": config.emb_dim, "out": config.expert_mlp_dim}
+    return {kind: hessian.zeros(experts, widths[kind]) for kind in kinds}
 
 
 def add_to_hessians(
@@ -141,7 +141,7 @@ def _add_chunk(hessians, block: Block, scale_D, kernels: Kernels, x_ND, place):
     if "out" in hessians:
         activations = block.config.mlp_activations
         projections = [
-            x_ND @ kernels[name].astype(x_ND.dtype) for name in input_matrices(activations)
+            matmul(x_ND, kernels[name].astype(x_ND.dtype)) for name in input_matrices(activations)
         ]
         hidden_NF = activate(activations, projections)
         added["out"] = hessian.add_tokens(hessians["out"], hidden_NF, place)

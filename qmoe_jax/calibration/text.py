@@ -48,9 +48,18 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
     Raises:
       ValueError: too little text, files or lengths that cannot be, or a tokenizer of another model.
     """
+    if num_validation < 0:
+        raise ValueError(f"NUM_VALIDATION_SAMPLES is {num_validation}; expected 0 or more")
+    if text.seed < 0:
+        raise ValueError(f"SEED is {text.seed}; expected 0 or more")
     vocabulary = tokenizer.load_tokenizer(text.sentencepiece_model_file, text.extra_ids)
     tokenizer.check_fits(vocabulary, vocab_size)
     inputs_length = _inputs_length(text.task_feature_lengths)
+    if num_calibration and text.validation_files and text.validation_files == text.files:
+        raise ValueError(
+            "VALIDATION_FILES and CALIBRATION_FILES are the same text: give other text, or leave "
+            "VALIDATION_FILES out to hold samples back"
+        )
     held_back = bool(num_validation) and text.validation_files is None
     if not text.files and (num_calibration or held_back):
         raise ValueError(

@@ -240,8 +240,8 @@ def _sync_folder(folder: pathlib.Path) -> None:
 
 def _cannot_write(path: pathlib.Path, error: OSError) -> CheckpointError:
     return CheckpointError(
-        f"{path} cannot be written ({_reason(error)}): free space on that disk or choose another "
-        "OUTPUT_DIR. What was committed before is intact."
+        f"{path} cannot be written ({_reason(error)}): free space on that disk (or "
+        "let it be written), or choose another OUTPUT_DIR. What was committed before is intact."
     )
 
 

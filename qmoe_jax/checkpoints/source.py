@@ -14,6 +14,7 @@ from jaxtyping import Shaped
 
 from pallas_kernels.packed import PackedExperts, UniformExperts
 from qmoe_jax.checkpoints import packed, t5x, t5x_experts
+from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.codec import packing, uniform
@@ -27,8 +28,8 @@ class Source:
 
     `read(names)` returns parameters by their T5X paths, in the stored dtype.
     `expert_groups(stack, layer, group_size)` yields the experts of one layer in order, as groups
-    of dense matrices `[group, in, out]` named `wi`, `wo`, ...; a packed store keeps its own group
-    boundaries.
+    of dense matrices `[group, in, out]` named `wi`, `wo`, ...; none reaches from one group of a
+    packed store into the next.
     """
 
     path: str
@@ -107,6 +108,20 @@ def outer_params(source: Source) -> dict[str, np.ndarray]:
     return dict(source.read(names))
 
 
+def check_finite(source: Source, params: Mapping[str, np.ndarray], prefix: str = "") -> None:
+    """Refuses NaN and infinities, by whatever damage they came; names are completed by `prefix`.
+
+    Raises:
+      CheckpointError: naming the first parameter that holds one.
+    """
+    for name, array in params.items():
+        if not np.isfinite(array).all():
+            raise CheckpointError(
+                f"`{prefix}{name}` of {source.path} holds NaN or infinity: the checkpoint is "
+                "damaged, copy or convert it again."
+            )
+
+
 def nested(params: Mapping[str, Any]) -> dict[str, Any]:
     """`{"a/b": x}` as `{"a": {"b": x}}`, the form that Linen modules take."""
     tree: dict[str, Any] = {}
@@ -124,8 +139,11 @@ def _packed_source(checkpoint: PackedCheckpoint) -> Source:
         stack: Stack, layer: int, group_size: int
     ) -> Generator[ExpertGroup, None, None]:
         for group, experts in packed.read_groups(checkpoint, stack, layer):
-            arrays = {matrix: dense_kernel(record) for matrix, record in experts.items()}
-            yield ExpertGroup(group.start, group.stop, arrays)
+            count = group.stop - group.start
+            for first in range(0, count, group_size):
+                size = min(group_size, count - first)
+                arrays = {name: dense_kernel(rec, first, size) for name, rec in experts.items()}
+                yield ExpertGroup(group.start + first, group.start + first + size, arrays)
 
     return Source(
         path=str(checkpoint.path),
@@ -138,17 +156,16 @@ def _packed_source(checkpoint: PackedCheckpoint) -> Source:
     )
 
 
-def dense_kernel(record: packed.Experts) -> Shaped[np.ndarray, "E C R"]:
-    """One matrix of a group, dequantized, with T5X's axes `[expert, in, out]`."""
+def dense_kernel(record: packed.Experts, first: int, count: int) -> Shaped[np.ndarray, "E C R"]:
+    """Some experts of one matrix, dequantized, with T5X's axes `[expert, in, out]`."""
+    part = slice(first, first + count)
     if isinstance(record, PackedExperts):
-        kernel = packing.dequantize_ternary(
-            packing.unpack_ternary(record), jnp.asarray(record.row_values)
-        )
+        trits = packing.unpack_ternary(record, first, count)
+        kernel = packing.dequantize_ternary(trits, jnp.asarray(record.row_values[part]))
     elif isinstance(record, UniformExperts):
-        levels = uniform.unpack_uniform(record)
-        kernel = uniform.dequantize_uniform(
-            levels, jnp.asarray(record.scale), jnp.asarray(record.zero), record.group_size
-        )
+        levels = uniform.unpack_uniform(record, first, count)
+        scale, zero = jnp.asarray(record.scale[part]), jnp.asarray(record.zero[part])
+        kernel = uniform.dequantize_uniform(levels, scale, zero, record.group_size)
     else:
-        return np.asarray(record)
+        return np.asarray(record[part])
     return np.asarray(kernel).swapaxes(1, 2)

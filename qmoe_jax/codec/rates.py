@@ -40,7 +40,7 @@ def bits_per_weight(packed: PackedExperts | UniformExperts) -> StoredBits:
     """Counts the stored bits of a record; reads row starts but no codes."""
     weights = int(np.prod(packed.shape, dtype=np.int64))
     if isinstance(packed, UniformExperts):
-        values = 8 * (packed.scale.nbytes + packed.zero.nbytes)
+        values = (16 + 8) * packed.scale.size  # stored as bfloat16 and uint8
         return StoredBits(weights, 8 * packed.codes.nbytes, 0, values)
     row_starts = np.asarray(packed.row_starts)
     words = int(row_starts[:, -1].sum(dtype=np.int64))

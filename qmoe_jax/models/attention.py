@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.models.config import Stack, SwitchConfig
-from qmoe_jax.models.layers import INIT_SCALE, Dense, kernel_init
+from qmoe_jax.models.layers import INIT_SCALE, PRECISION, Dense, kernel_init
 
 MASKED_LOGIT = -1e10
 
@@ -151,13 +151,13 @@ class Attention(nn.Module):
         """Lets `x` attend to `y`; masked logits get -1e10 added; softmax in `dtype`."""
         key_BSHK, value_BSHK = self.keys_values(y_BSD)
         query_BLHK = self._heads(self.query(x_BLD))
-        logits_BHLS = jnp.einsum("blhk,bshk->bhls", query_BLHK, key_BSHK)
+        logits_BHLS = jnp.einsum("blhk,bshk->bhls", query_BLHK, key_BSHK, precision=PRECISION)
         bias_BHLS = jnp.where(mask_BLS, 0.0, MASKED_LOGIT).astype(self.dtype)[:, None]
         if bias_HLS is not None:
             bias_BHLS = bias_BHLS + bias_HLS[None]
         weights_BHLS = jax.nn.softmax(logits_BHLS + bias_BHLS, axis=-1)
         weights_BHLS = self.dropout(weights_BHLS, deterministic=not enable_dropout)
-        mixed_BLHK = jnp.einsum("bhls,bshk->blhk", weights_BHLS, value_BSHK)
+        mixed_BLHK = jnp.einsum("bhls,bshk->blhk", weights_BHLS, value_BSHK, precision=PRECISION)
         return self.out(mixed_BLHK.reshape(*x_BLD.shape[:2], -1))
 
     def keys_values(

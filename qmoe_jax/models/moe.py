@@ -11,7 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.models.config import SwitchConfig, expert_matrices, input_matrices
-from qmoe_jax.models.layers import Dense, Kernel, activate, kernel_init
+from qmoe_jax.models.layers import Dense, Kernel, activate, kernel_init, matmul
 from qmoe_jax.models.routing import (
     Capacity,
     choose_experts,
@@ -101,11 +101,11 @@ def expert_mlp(
 ) -> Float[Array, "N D"]:
     """One expert's MLP; `weights` are its matrices and, in training, its `hidden_scale`."""
     weights = {name: weight.astype(x_ND.dtype) for name, weight in weights.items()}
-    projections = [x_ND @ weights[name] for name in input_matrices(activations)]
+    projections = [matmul(x_ND, weights[name]) for name in input_matrices(activations)]
     hidden_NF = activate(activations, projections)
     if "hidden_scale" in weights:
         hidden_NF = hidden_NF * weights["hidden_scale"][None]
-    return hidden_NF @ weights["wo"]
+    return matmul(hidden_NF, weights["wo"])
 
 
 def _each_tile(

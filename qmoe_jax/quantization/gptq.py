@@ -156,7 +156,8 @@ def _factor(
     H_ECC = H_ECC + damping_E1[..., None] * jnp.eye(C, dtype=H_ECC.dtype)[None]
     L_ECC = lax.linalg.cholesky(H_ECC[:, ::-1, ::-1], symmetrize_input=False)
     not_pd_E = ~jnp.isfinite(jnp.diagonal(L_ECC, axis1=1, axis2=2)).all(1)
-    N_ECC = jnp.where(not_pd_E[:, None, None], jnp.eye(C)[None], L_ECC.mT[:, ::-1, ::-1])
+    eye_1CC = jnp.eye(C, dtype=H_ECC.dtype)[None]
+    N_ECC = jnp.where(not_pd_E[:, None, None], eye_1CC, L_ECC.mT[:, ::-1, ::-1])
     return order_EC, N_ECC, not_pd_E
 
 
@@ -197,8 +198,8 @@ def _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16):
     # The last superblock may reach past the columns: room for its slices.
     rest = -C % width
     scaled_ECC = jnp.pad(scaled_ECC, ((0, 0), (0, rest), (0, rest)))
-    D_ECR = jnp.zeros((E, C + rest, R))
-    state = (D_ECR, grid_2EGR, jnp.zeros((E, width, R)))
+    D_ECR = jnp.zeros((E, C + rest, R), W_ECR.dtype)
+    state = (D_ECR, grid_2EGR, jnp.zeros((E, width, R), W_ECR.dtype))
     D_ECR, grid_2EGR, _ = lax.fori_loop(0, C // block, solve_block, state)
     return D_ECR[:, :C], grid_2EGR
 

@@ -60,6 +60,12 @@ class Compute:
     scratch_dir: str | None = None
     read_budget: int = 4 << 30
 
+    def __post_init__(self):
+        if self.batch_tokens < 1:
+            raise ValueError(f"BATCH_TOKENS is {self.batch_tokens}; expected 1 or more")
+        if self.read_budget < 0:
+            raise ValueError(f"READ_BUDGET is {self.read_budget}; expected 0 bytes or more")
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -126,7 +132,11 @@ def compress(
         scratch_dir=pathlib.Path(compute.scratch_dir or output_dir),
     )
     vocab_size = original.config.vocab_size
+    if original.format == "packed":
+        raise ValueError(f"CHECKPOINT_PATH {checkpoint_path} is a packed checkpoint already")
     wanted = num_calibration_samples(original.config, num_samples)
+    if quantizer.method == "rtn" and text_options.validation_files is not None:
+        wanted = 0  # nothing is calibrated; held-back samples come after as many as ever
     samples = text.load(text_options, vocab_size, wanted, num_validation_samples)
     return compress_samples(
         original,
@@ -215,6 +225,7 @@ def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, float]]:
     config = run.original.config
     layers: list[LayerRecord] = []
     read = source.outer_params(run.original)
+    source.check_finite(run.original, read)
     packed.commit_params(run.output, "outer", tracks.as_stored(read, run.formats.store_dtype))
     outer = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
     encoded, states = {}, {}
@@ -250,6 +261,7 @@ def compress_block(
     config = run.original.config
     block = make_block(config, stack, layer, run.formats.dtype)
     read = source.layer_params(run.original, stack, layer)
+    source.check_finite(run.original, read, f"{stack}/layers_{layer}/")
     params = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
     routes: dict[str, Routes] = {}
     with progress.timed(run.shown, "dense part"):
@@ -288,12 +300,15 @@ def compress_experts(
     read = run.original.expert_groups(block.stack, layer, run.group_size)
     solved: list[SolvedGroup] = []
     with pipeline.read_ahead(read) as ahead, pipeline.write_behind() as write:
-        while (group := _next(ahead, run.shown)) is not None:
+
+        def compress_group(group: ExpertGroup) -> SolvedGroup:
+            """A function of its own, so that no group is on the device when the next one comes."""
             started = time.perf_counter()
             result, original, compressed = groups.solve(
                 run.quantizer,
                 run.formats,
                 block,
+                layer,
                 params["compressed"],
                 group,
                 tokens,
@@ -307,12 +322,14 @@ def compress_experts(
             with progress.timed(run.shown, "expert forward"):
                 routed = _run_group(run, block, params, kernels, group, states, routes, assigned)
             write(packed.commit_experts, run.output, block.stack, layer, group.start, result.packed)
-            solved.append(dataclasses.replace(result, packed={}))
-            done = work.expert_group(
-                block.config, group.stop - group.start, routed, tokens is not None
-            )
+            solves = tokens is not None
+            done = work.expert_group(block.config, group.stop - group.start, routed, solves)
             spent = time.perf_counter() - started
             progress.advance(run.shown, done, f"{where}, expert {group.stop}", routed, spent)
+            return dataclasses.replace(result, packed={})
+
+        while (group := _next(ahead, run.shown)) is not None:
+            solved.append(compress_group(group))
     return groups.layer_record(block.stack, layer, solved, time.perf_counter() - begun)
 
 
@@ -322,6 +339,8 @@ def _run_group(run, block, params, kernels, group, states, routes, assigned) -> 
     for track in run.tracks:
         for place, expert in enumerate(range(group.start, group.stop)):
             rows = assigned[track.name].of(expert)
+            if not len(rows):
+                continue
             experts.run_expert(
                 block,
                 params[track.version],

@@ -42,7 +42,7 @@ def float_dtype(name: str, setting: str) -> np.dtype:
 
 
 def experts_per_group(config: SwitchConfig, wanted: int | None) -> int:
-    """How many experts are solved together: `wanted`, or what fits, in groups of equal size.
+    """How many experts are solved together: `wanted`, or about what fits.
 
     Raises:
       ValueError: fewer than one wanted.
@@ -51,9 +51,11 @@ def experts_per_group(config: SwitchConfig, wanted: int | None) -> int:
         if wanted < 1:
             raise ValueError(f"EXPERTS_PER_GROUP is {wanted}; expected 1 or more")
         return min(wanted, config.num_experts)
-    fitting = max(1, _group_budget() // group_bytes(config))
-    groups = -(-config.num_experts // fitting)
-    return -(-config.num_experts // groups)
+    experts = config.num_experts
+    fitting = min(experts, max(1, _group_budget() // group_bytes(config)))
+    # A last group of another size would compile all programs again.
+    equal = max(size for size in range(1, fitting + 1) if experts % size == 0)
+    return equal if 2 * equal >= fitting else fitting
 
 
 def group_bytes(config: SwitchConfig) -> int:

@@ -12,13 +12,16 @@ import tempfile
 import time
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import rich.console
 
+from qmoe_jax import report
 from qmoe_jax.calibration import data, experts, pipeline, text, walk
+from qmoe_jax.calibration.data import SampleSet
 from qmoe_jax.calibration.text import Text
 from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
-from qmoe_jax.checkpoints import array_files, source
+from qmoe_jax.checkpoints import array_files, packed, source
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.block import Block, make_block
@@ -59,6 +62,11 @@ def evaluate(
       ValueError: too little text, or a damaged checkpoint (CheckpointError).
     """
     console = console or rich.console.Console()
+    if eval_output_dir and packed.is_packed(pathlib.Path(eval_output_dir)):
+        raise ValueError(
+            f"EVAL_OUTPUT_DIR {eval_output_dir} is a packed checkpoint, whose config.gin would be "
+            "replaced: choose another folder"
+        )
     dtype = devices.activation_dtype(compute.activation_dtype)
     scratch = compute.scratch_dir or eval_output_dir or tempfile.gettempdir()
     checkpoint = source.open_source(
@@ -68,6 +76,8 @@ def evaluate(
     held_back = text_options.validation_files is None
     num_calibration = num_calibration_samples(config, num_samples) if held_back else 0
     samples = text.load(text_options, config.vocab_size, num_calibration, num_validation_samples)
+    if held_back and checkpoint.format == "packed":
+        _check_held_back(pathlib.Path(checkpoint.path), samples.validation)
     if samples.validation is None:
         raise ValueError("NUM_VALIDATION_SAMPLES is 0; expected 1 or more")
     track = Track("evaluation", "original", samples.validation)
@@ -101,8 +111,21 @@ def evaluate(
     console.print(f"loss {losses.mean:.4f} ± {losses.standard_error:.4f} nats per target token")
     if eval_output_dir:
         path = pathlib.Path(eval_output_dir) / "evaluation.json"
-        array_files.write_text(path, json.dumps(result, indent=1) + "\n")
+        array_files.write_text(path, report.to_json(result))
     return result
+
+
+def _check_held_back(pack: pathlib.Path, validation: SampleSet | None) -> None:
+    """Samples drawn with other settings would in part be those that the pack was calibrated on."""
+    if validation is None or not (pack / "report.json").exists():
+        return
+    reported = json.loads((pack / "report.json").read_bytes()).get("samples", {})
+    if reported.get("validation", {}).get("fingerprint") != data.fingerprint(validation):
+        raise ValueError(
+            f"VALIDATION_FILES is None, but these are not the samples that the compression of "
+            f"{pack} held back: give the text settings, NUM_SAMPLES and NUM_VALIDATION_SAMPLES of "
+            "its config.gin, or set VALIDATION_FILES"
+        )
 
 
 def walk_blocks(
@@ -118,6 +141,7 @@ def walk_blocks(
     outer = tracks.on_device(source.outer_params(checkpoint))
     encoded = None
     for stack in STACKS:
+        state = None  # frees the encoder's buffers, but for its outputs
         with progress.timed(shown, "dense part"):
             state = tracks.start(
                 track,
@@ -178,13 +202,10 @@ def _run_experts(
     size = devices.experts_per_group(block.config, compute.experts_per_group)
     with pipeline.read_ahead(checkpoint.expert_groups(block.stack, layer, size)) as groups:
         for group in groups:
-            kernels = {name: devices.to_device(array) for name, array in group.arrays.items()}
+            kernels = {name: jnp.asarray(group.arrays.pop(name)) for name in list(group.arrays)}
             for place, expert in enumerate(range(group.start, group.stop)):
-                experts.run_expert(
-                    block,
-                    params,
-                    experts.expert_kernels(kernels, place),
-                    state.updated,
-                    routes,
-                    assigned.of(expert),
-                )
+                rows = assigned.of(expert)
+                if len(rows):
+                    own = experts.expert_kernels(kernels, place)
+                    experts.run_expert(block, params, own, state.updated, routes, rows)
+            del kernels  # before the next group comes

@@ -14,6 +14,7 @@ from qmoe_jax.calibration import experts
 from qmoe_jax.calibration.buffers import TokenBuffer
 from qmoe_jax.calibration.experts import Assignment
 from qmoe_jax.calibration.walk import Params
+from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed import Experts
 from qmoe_jax.checkpoints.packed_manifest import Codec
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
@@ -28,6 +29,8 @@ from qmoe_jax.runs import progress
 from qmoe_jax.runs.progress import Progress
 
 Kernels = dict[str, jax.Array]  # matrix -> [group, in, out]
+
+LARGEST = 3.3e38  # a weight; bfloat16 ends at 3.39e38
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +100,7 @@ def solve(
     quantizer: Quantizer,
     formats: Formats,
     block: Block,
+    layer: int,
     layer_params: Params,
     group: ExpertGroup,
     tokens: HessianTokens | None,
@@ -110,9 +114,14 @@ def solve(
 
     Returns:
       The record with the packed experts, the original kernels and the compressed ones.
+
+    Raises:
+      CheckpointError: a weight is not finite, or beyond bfloat16's range.
     """
     with progress.timed(shown, "transfer"):
-        original = {name: jnp.array(array, copy=True) for name, array in group.arrays.items()}
+        # The group is ours: leave no second copy on the host.
+        original = {name: jnp.asarray(group.arrays.pop(name)) for name in list(group.arrays)}
+        _check_range(block.stack, layer, group, original)
     if tokens is None:
         quantized = _round_to_nearest(quantizer, formats, original)
     else:
@@ -167,6 +176,23 @@ def layer_record(stack: str, layer: int, solved: list[SolvedGroup], seconds: flo
     )
 
 
+def _check_range(stack: str, layer: int, group: ExpertGroup, kernels: Kernels) -> None:
+    for name, kernel in kernels.items():
+        wrong = np.flatnonzero(~np.asarray(_in_range(kernel)))
+        if wrong.size:
+            raise CheckpointError(
+                f"expert {group.start + wrong[0]} of `{stack}/layers_{layer}/mlp/expert/{name}"
+                f"/kernel` holds NaN, infinity or a weight of {LARGEST:.1e} or more: the "
+                "checkpoint is damaged, copy or convert it again."
+            )
+
+
+@jax.jit
+def _in_range(kernel):
+    # Not by the largest weight: a CPU's maximum may pass over NaN.
+    return jnp.all(jnp.abs(kernel.astype(jnp.float32)) < LARGEST, axis=(1, 2))
+
+
 def _as_stored(quantized: Mapping[str, Quantized], formats: Formats) -> Kernels:
     """What is computed with is what is stored: dense kernels are rounded, packed ones are exact."""
     kernels = {name: result.kernel for name, result in quantized.items()}
@@ -207,7 +233,8 @@ def _gptq(
         return solved((*inputs, "wo"), hessians)
     hessians = _hessians(block, layer_params, group, original, tokens, ("in",), shown)
     first = solved(inputs, hessians)
-    compressed = {name: result.kernel for name, result in first.items()}
+    del hessians
+    compressed = _as_stored(first, formats)
     hessians = _hessians(block, layer_params, group, compressed, tokens, ("out",), shown)
     return first | solved(("wo",), hessians)
 
@@ -215,8 +242,7 @@ def _gptq(
 def _hessians(block, layer_params, group, kernels, tokens, kinds, shown):
     with progress.timed(shown, "Hessians"):
         count = group.stop - group.start
-        zeros = experts.zero_hessians(block.config, count)
-        hessians = {kind: zeros[kind] for kind in kinds}
+        hessians = experts.zero_hessians(block.config, count, kinds)
         for place in range(count):
             hessians = experts.add_to_hessians(
                 hessians,
@@ -247,13 +273,12 @@ def _pack(quantizer: Quantizer, result: Quantized) -> Experts:
 
 def _matrix_record(quantizer: Quantizer, result: Quantized, packed: Experts) -> MatrixRecord:
     """Ternary levels are counted by sign: a row's minimum or maximum may itself be 0."""
-    kernel = np.asarray(result.kernel)
-    zeros = kernel.size - np.count_nonzero(kernel)
+    size = result.kernel.size
+    below, zeros = (int(np.asarray(counted).sum()) for counted in _signs(result.kernel))
     if quantizer.bits == "ternary":
-        below = int(np.count_nonzero(kernel < 0))
-        counts = [zeros, below, kernel.size - zeros - below]
+        counts = [zeros, below, size - zeros - below]
     else:
-        counts = np.bincount(np.asarray(result.levels).reshape(-1), minlength=2**quantizer.bits)
+        counts = np.asarray(_histogram(result.levels, 2**quantizer.bits), np.int64).sum(0)
     if isinstance(packed, packed_lib.PackedExperts | packed_lib.UniformExperts):
         stored = rates.bits_per_weight(packed)
         bits = stored.codes + stored.row_lengths + stored.row_values
@@ -262,10 +287,22 @@ def _matrix_record(quantizer: Quantizer, result: Quantized, packed: Experts) -> 
     return MatrixRecord(
         error=[_finite(error) for error in np.asarray(result.error)],
         level_counts=[int(count) for count in counts],
-        zeros=int(zeros),
-        weights=kernel.size,
+        zeros=zeros,
+        weights=size,
         bits=int(bits),
     )
+
+
+@jax.jit
+def _signs(kernel):
+    """Negative weights and zeros of each expert."""
+    return jnp.sum(kernel < 0, (1, 2)), jnp.sum(kernel == 0, (1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _histogram(levels, number):
+    """Weights of each expert on each level."""
+    return jnp.stack([jnp.sum(levels == level, (1, 2)) for level in range(number)], axis=1)
 
 
 def _fallbacks(
@@ -274,11 +311,12 @@ def _fallbacks(
     if tokens is None:
         return {}
     found = {}
+    not_pd = {name: np.asarray(result.not_pd) for name, result in quantized.items()}
     for place, expert in enumerate(range(group.start, group.stop)):
         if not len(_counted(tokens, expert)):
             found[str(expert)] = "no calibration tokens"
             continue
-        matrices = [name for name, result in quantized.items() if bool(result.not_pd[place])]
+        matrices = [name for name, failed in not_pd.items() if failed[place]]
         if matrices:
             found[str(expert)] = f"Hessian not positive definite ({', '.join(matrices)})"
     return found
