@@ -13,6 +13,7 @@ import tiny_switch
 from qmoe_jax.models import attention, moe, switch
 from qmoe_jax.models.block import Block, make_block
 from qmoe_jax.models.config import STACKS, num_layers, sparse_layers
+from qmoe_jax.models.layers import rms_norm
 
 
 def forward(model, *tokens):
@@ -141,7 +142,7 @@ def block_in_parts(block, params, x, masks, bias, encoded):
     dense = {"params": params | {"mlp": {"router": params["mlp"]["router"]}}}
     x, index, prob = block.apply(dense, x, masks, bias, encoded, method="dense_part")
     rows = x.reshape(-1, x.shape[-1])
-    normed = block.apply(dense, rows, method="norm_mlp")
+    normed = rms_norm(rows, params["pre_mlp_layer_norm"]["scale"], jnp.float32)
     y = moe.dense_experts(
         {"params": params["mlp"]["expert"]},
         normed,

@@ -66,7 +66,8 @@ def small(tmp_path_factory):
 @hypothesis.settings(max_examples=200, deadline=None)
 @hypothesis.given(edits=EDITS)
 def test_edited_real_files(edits, real, scratch):
-    open_edited(scratch, edit(real, edits))
+    shapes = open_edited(scratch, edit(real, edits))
+    assert all(size >= 0 for shape in shapes.values() for size in shape)
 
 
 @hypothesis.settings(max_examples=400, deadline=None)

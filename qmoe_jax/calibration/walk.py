@@ -143,7 +143,7 @@ def finish(params: Params, activations: Activations, dtype: DTypeLike) -> TokenB
     """The stack's normed output, written over `updated`."""
     norm = {activations.stack: params[activations.stack]}
     function = functools.partial(_final_norm, activations.stack, jnp.dtype(dtype), norm)
-    for batch, x_BLD in _batched(function, activations):
+    for batch, x_BLD in _batched(function, dataclasses.replace(activations, encoded=None)):
         buffers.write_batch(activations.updated, batch, x_BLD)
     return activations.updated
 
@@ -151,7 +151,7 @@ def finish(params: Params, activations: Activations, dtype: DTypeLike) -> TokenB
 def losses(config: SwitchConfig, params: Params, activations: Activations) -> SampleLosses:
     """Cross-entropy of every target, from the decoder's finished output in `updated`."""
     total = np.zeros(len(activations.samples))
-    finished = advance(activations)
+    finished = dataclasses.replace(advance(activations), encoded=None)
     outer = {"token_embedder": params["token_embedder"], "decoder": params["decoder"]}
     for batch, loss_B in _batched(functools.partial(_losses, config, outer), finished):
         present = batch.samples >= 0
@@ -214,12 +214,12 @@ def _run_block(block: Block, params: Params, layer_params: Params, x_BLD, tokens
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _final_norm(stack: Stack, dtype, params: Params, x_BLD, tokens, encoded_BSD):
+def _final_norm(stack: Stack, dtype, params: Params, x_BLD, tokens, _encoded):
     return switch.final_norm(params, stack, x_BLD, _masks(tokens), dtype)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _losses(config: SwitchConfig, params: Params, x_BLD, tokens, encoded_BSD):
+def _losses(config: SwitchConfig, params: Params, x_BLD, tokens, _encoded):
     targets_BL = tokens[2]
     logits_BLV = switch.logits(config, params, x_BLD)
     log_prob_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)

@@ -6,7 +6,6 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -120,18 +119,6 @@ def check_finite(source: Source, params: Mapping[str, np.ndarray], prefix: str =
                 f"`{prefix}{name}` of {source.path} holds NaN or infinity: the checkpoint is "
                 "damaged, copy or convert it again."
             )
-
-
-def nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"a/b": x}` as `{"a": {"b": x}}`, the form that Linen modules take."""
-    tree: dict[str, Any] = {}
-    for path, array in params.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = array
-    return tree
 
 
 def _packed_source(checkpoint: PackedCheckpoint) -> Source:

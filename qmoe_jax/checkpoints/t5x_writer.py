@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import tensorstore as ts
+from flax.traverse_util import unflatten_dict
 from jaxtyping import Shaped
 
 from qmoe_jax.checkpoints import kvstore, t5x_msgpack
@@ -104,7 +105,7 @@ def _finish(writer: Writer, target: pathlib.Path, step: int) -> None:
     tree = {
         "version": _VERSION,
         "optimizer": {
-            "target": _nest(writer.specs),
+            "target": unflatten_dict(dict(writer.specs), sep="/"),
             "state": {"step": t5x_msgpack.encode_array(np.array(step, np.int32))},
         },
     }
@@ -112,17 +113,6 @@ def _finish(writer: Writer, target: pathlib.Path, step: int) -> None:
     store.write("checkpoint", t5x_msgpack.pack(tree)).result()
     _refuse_existing(target)
     os.rename(writer.directory, target)
-
-
-def _nest(specs: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for name, spec in specs.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = spec
-    return tree
 
 
 def add(writer: Writer, name: str, array: Shaped[np.ndarray, "..."]) -> None:

@@ -2,7 +2,7 @@
 """One block of the model, dense or sparse, as a unit that runs on its own parameters.
 
 A sparse block falls into three, so that its experts need not be in memory together: `dense_part`,
-the experts applied to `norm_mlp` of the residual's rows, and `x + prob * experts(...)`.
+the experts applied to the normed rows of the residual, and `x + prob * experts(...)`.
 """
 
 import jax.numpy as jnp
@@ -87,10 +87,6 @@ class Block(nn.Module):
         x_BLD = self._attend(x_BLD, masks, bias_HLL, encoded_BSD, False)
         y_BLD = zero_padding(self.pre_mlp_layer_norm(x_BLD), masks.valid)
         return x_BLD, *self.mlp.route(y_BLD, masks.valid)
-
-    def norm_mlp(self, x_ND: Float[Array, "N D"]) -> Float[Array, "N D"]:
-        """What the MLP or the experts take: normed rows of the residual stream, in `dtype`."""
-        return self.pre_mlp_layer_norm(x_ND)
 
     def _attend(
         self,

@@ -239,6 +239,8 @@ def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, float]]:
                 layers.append(record)
         with progress.timed(run.shown, "dense part"):
             for t in run.tracks:
+                if stack == "decoder" and t.name == CALIBRATION:
+                    continue  # nobody reads it
                 encoded[t.name] = walk.finish(outer[t.version], states[t.name], run.formats.dtype)
     with progress.timed(run.shown, "losses"):
         losses = {

@@ -73,14 +73,8 @@ def evaluate(
         checkpoint_path, memory_budget=compute.read_budget, scratch_dir=pathlib.Path(scratch)
     )
     config = checkpoint.config
-    held_back = text_options.validation_files is None
-    num_calibration = num_calibration_samples(config, num_samples) if held_back else 0
-    samples = text.load(text_options, config.vocab_size, num_calibration, num_validation_samples)
-    if held_back and checkpoint.format == "packed":
-        _check_held_back(pathlib.Path(checkpoint.path), samples.validation)
-    if samples.validation is None:
-        raise ValueError("NUM_VALIDATION_SAMPLES is 0; expected 1 or more")
-    track = Track("evaluation", "original", samples.validation)
+    samples = _samples(checkpoint, text_options, num_samples, num_validation_samples)
+    track = Track("evaluation", "original", samples)
     console.print(
         f"{checkpoint.path} ({checkpoint.format}): {len(track.samples):,} samples, "
         f"{int(track.samples.decoder_offsets[-1]):,} targets",
@@ -96,14 +90,7 @@ def evaluate(
         tracks.buffer_folder(compute.buffer_dir) as buffer_dir,
     ):
         losses = walk_blocks(checkpoint, track, dtype, compute, buffer_dir, shown)
-    result = {
-        "checkpoint": checkpoint.path,
-        "format": checkpoint.format,
-        "loss": losses.mean,
-        "standard_error": losses.standard_error,
-        "samples": len(track.samples),
-        "targets": int(losses.targets.sum()),
-        "fingerprint": data.fingerprint(track.samples),
+    result = _result(checkpoint, samples, losses) | {
         "text": dataclasses.asdict(text_options),
         "activation_dtype": dtype.name,
         "seconds": shown.seconds,
@@ -115,9 +102,23 @@ def evaluate(
     return result
 
 
-def _check_held_back(pack: pathlib.Path, validation: SampleSet | None) -> None:
+def _samples(
+    checkpoint: Source, text_options: Text, num_samples: int | None, num_validation_samples: int
+) -> SampleSet:
+    config = checkpoint.config
+    held_back = text_options.validation_files is None
+    num_calibration = num_calibration_samples(config, num_samples) if held_back else 0
+    samples = text.load(text_options, config.vocab_size, num_calibration, num_validation_samples)
+    if samples.validation is None:
+        raise ValueError("NUM_VALIDATION_SAMPLES is 0; expected 1 or more")
+    if held_back and checkpoint.format == "packed":
+        _check_held_back(pathlib.Path(checkpoint.path), samples.validation)
+    return samples.validation
+
+
+def _check_held_back(pack: pathlib.Path, validation: SampleSet) -> None:
     """Samples drawn with other settings would in part be those that the pack was calibrated on."""
-    if validation is None or not (pack / "report.json").exists():
+    if not (pack / "report.json").exists():
         return
     reported = json.loads((pack / "report.json").read_bytes()).get("samples", {})
     if reported.get("validation", {}).get("fingerprint") != data.fingerprint(validation):
@@ -126,6 +127,18 @@ def _check_held_back(pack: pathlib.Path, validation: SampleSet | None) -> None:
             f"{pack} held back: give the text settings, NUM_SAMPLES and NUM_VALIDATION_SAMPLES of "
             "its config.gin, or set VALIDATION_FILES"
         )
+
+
+def _result(checkpoint: Source, samples: SampleSet, losses: SampleLosses) -> dict[str, Any]:
+    return {
+        "checkpoint": checkpoint.path,
+        "format": checkpoint.format,
+        "loss": losses.mean,
+        "standard_error": losses.standard_error,
+        "samples": len(samples),
+        "targets": int(losses.targets.sum()),
+        "fingerprint": data.fingerprint(samples),
+    }
 
 
 def walk_blocks(

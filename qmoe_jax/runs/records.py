@@ -37,8 +37,8 @@ def begin(original: Source, samples: Samples, settings: dict[str, Any]) -> Repor
         "qmoe_jax": qmoe_jax.__version__,
         "jax": jax.__version__,
     }
-    found = {"calibration": samples.calibration, "validation": samples.validation}
-    described = {name: _describe(found) for name, found in found.items() if found is not None}
+    sets = {"calibration": samples.calibration, "validation": samples.validation}
+    described = {name: _describe(found) for name, found in sets.items() if found is not None}
     return Report(checkpoint, settings, described, machine)
 
 

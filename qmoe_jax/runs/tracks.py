@@ -9,13 +9,13 @@ from collections.abc import Generator, Iterable, Mapping
 from typing import Literal, TypeAlias
 
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from qmoe_jax.calibration import data, walk
 from qmoe_jax.calibration.buffers import TokenBuffer
 from qmoe_jax.calibration.data import SampleSet
 from qmoe_jax.calibration.text import Samples
 from qmoe_jax.calibration.walk import Activations, Params
-from qmoe_jax.checkpoints import source
 from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.runs import devices
 
@@ -73,7 +73,8 @@ def params_by_version(
 
 def on_device(params: Mapping[str, np.ndarray]) -> Params:
     """Parameters by path, as the nested dict that modules take."""
-    return source.nested({name: devices.to_device(array) for name, array in params.items()})
+    placed = {name: devices.to_device(array) for name, array in params.items()}
+    return unflatten_dict(placed, sep="/")
 
 
 def as_stored(
