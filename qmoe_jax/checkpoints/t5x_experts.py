@@ -4,7 +4,8 @@
 A chunk may span many experts (T5X: checkpoints._choose_chunk_shape), so reading expert by expert
 would decompress it as many times. The experts that one row of chunks spans are a block. Groups take
 whole blocks straight from the store; a block that a group takes only in part is kept until it has
-been served, in memory, or in a scratch file where the memory budget is smaller than the block.
+been served, in memory, or in a scratch file where the memory budget is smaller than the block. The
+scratch file is written and read, not mapped: a map's pages would count as the process's memory.
 """
 
 import collections
@@ -15,7 +16,8 @@ import math
 import os
 import pathlib
 import tempfile
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import BinaryIO
 
 import numpy as np
 import tensorstore as ts
@@ -49,17 +51,29 @@ class _Stack:
         """Size of a block that may have to be kept: none if each expert has its own chunks."""
         if self.chunks[0] == 1:
             return 0
-        return self.chunks[0] * math.prod(self.leaf.shape[1:]) * self.leaf.dtype.itemsize
+        return self.chunks[0] * self.expert_bytes
+
+    @property
+    def expert_bytes(self) -> int:
+        return math.prod(self.leaf.shape[1:]) * self.leaf.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scratch:
+    """Room for one block: expert after expert, each chunk's part of an expert after the last."""
+
+    file: BinaryIO
+    folder: pathlib.Path
 
 
 @dataclasses.dataclass
 class _Kept:
     """The block that groups have taken in part, if any: experts [first, last)."""
 
-    values: np.ndarray | None = None
     first: int = 0
     last: int = 0
-    home: np.ndarray | None = None  # where it must live; None: in memory of its own
+    values: np.ndarray | None = None
+    scratch: _Scratch | None = None  # holds the values instead
 
 
 def scratch_bytes(checkpoint: t5x.T5xCheckpoint, names: Sequence[str], memory_budget: int) -> int:
@@ -158,7 +172,7 @@ def _walk(
     with contextlib.ExitStack() as files:
         kept = {name: _Kept() for name in stacks}
         for name, folder in scratch_dirs.items():
-            kept[name].home = files.enter_context(_scratch(stacks[name], folder))
+            kept[name].scratch = files.enter_context(_scratch(stacks[name], folder))
         for start, stop in bounds:
             # Not bound here: the caller alone holds a group, and can free it before the next.
             yield _read_group(checkpoint, stacks, kept, start, stop, in_flight)
@@ -180,14 +194,20 @@ def _read_group(
 
 
 @contextlib.contextmanager
-def _scratch(stack: _Stack, folder: pathlib.Path) -> Iterator[np.ndarray]:
-    """A memory-mapped block in a nameless file: it vanishes with the process, however that ends."""
-    shape = (stack.chunks[0], *stack.leaf.shape[1:])
-    try:
-        with tempfile.TemporaryFile(dir=folder) as file:
-            # Filling a hole through the map kills the process if the disk is full: allocate first.
+def _scratch(stack: _Stack, folder: pathlib.Path) -> Iterator[_Scratch]:
+    """Room in a nameless file: it vanishes with the process, however that ends."""
+    with contextlib.ExitStack() as files:
+        with _explained(stack, folder):
+            file = files.enter_context(tempfile.TemporaryFile(dir=folder))
+            # A full disk shows now, not when a part of the block has been read.
             os.posix_fallocate(file.fileno(), 0, stack.block_bytes)
-            yield np.asarray(np.memmap(file, dtype=stack.leaf.dtype, mode="r+", shape=shape))
+        yield _Scratch(file, folder)
+
+
+@contextlib.contextmanager
+def _explained(stack: _Stack, folder: pathlib.Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise CheckpointError(
             f"scratch_dir={folder} cannot take {stack.block_bytes} bytes: {error}. Free some "
@@ -200,42 +220,104 @@ def _take(stack: _Stack, kept: _Kept, start: int, stop: int, in_flight: int) -> 
     depth, (experts, *matrix) = stack.chunks[0], stack.leaf.shape
     out, at = np.empty((stop - start, *matrix), stack.leaf.dtype), start
     while at < stop:
-        if kept.values is not None:
+        if at < kept.last:
             end = min(stop, kept.last)
-            out[at - start : end - start] = kept.values[at - kept.first : end - kept.first]
-            kept.values = kept.values if end < kept.last else None
+            _serve(stack, kept, at, out[at - start : end - start])
         elif at % depth == 0 and (end := stop - stop % depth) > at:
             _copy(stack, at, end, out[at - start : end - start], in_flight)
         else:
             end, kept.first = at, at - at % depth
             kept.last = min(kept.first + depth, experts)
-            values = (
-                np.empty((depth, *matrix), stack.leaf.dtype) if kept.home is None else kept.home
-            )
-            _copy(stack, kept.first, kept.last, values[: kept.last - kept.first], in_flight)
-            kept.values = values
+            _keep(stack, kept, in_flight)
         at = end
     return out
 
 
+def _keep(stack: _Stack, kept: _Kept, in_flight: int) -> None:
+    """Reads the block of experts [first, last)."""
+    if kept.scratch is not None:
+        _spill(stack, kept.scratch, kept.first, kept.last, in_flight)
+        return
+    kept.values = np.empty((kept.last - kept.first, *stack.leaf.shape[1:]), stack.leaf.dtype)
+    _copy(stack, kept.first, kept.last, kept.values, in_flight)
+
+
+def _serve(stack: _Stack, kept: _Kept, at: int, into: np.ndarray) -> None:
+    """Fills `into` with experts of the block kept, and frees its memory after the last one."""
+    place = at - kept.first
+    if kept.scratch is not None:
+        _load(stack, kept.scratch, place, into)
+        return
+    assert kept.values is not None
+    into[...] = kept.values[place : place + len(into)]
+    if at + len(into) == kept.last:
+        kept.values = None
+
+
 def _copy(stack: _Stack, start: int, stop: int, into: np.ndarray, in_flight: int) -> None:
-    """Reads experts [start, stop), whole blocks: each chunk once, several at a time."""
+    """Reads experts [start, stop), whole blocks, each chunk once."""
     if stack.array is None:
         assert stack.leaf.inline is not None
         into[...] = stack.leaf.inline[start:stop]
         return
+
+    def room(box: tuple[slice, ...]) -> np.ndarray:
+        return into[(slice(box[0].start - start, box[0].stop - start), *box[1:])]
+
+    for _ in _chunks(stack, start, stop, room, in_flight):
+        pass
+
+
+def _spill(stack: _Stack, scratch: _Scratch, start: int, stop: int, in_flight: int) -> None:
+    """Reads the block of experts [start, stop) into the scratch file."""
+
+    def room(box: tuple[slice, ...]) -> np.ndarray:
+        return np.empty([side.stop - side.start for side in box], stack.leaf.dtype)
+
+    offset = 0
+    for chunk in _chunks(stack, start, stop, room, in_flight):
+        with _explained(stack, scratch.folder):
+            for place, part in enumerate(chunk):
+                scratch.file.seek(place * stack.expert_bytes + offset)
+                scratch.file.write(part.reshape(-1).view(np.uint8).data)
+        offset += chunk[0].nbytes
+
+
+def _load(stack: _Stack, scratch: _Scratch, place: int, into: np.ndarray) -> None:
+    """The inverse of `_spill`, from the expert at `place` of the block on."""
+    for number, matrix in enumerate(into):
+        with _explained(stack, scratch.folder):
+            scratch.file.seek((place + number) * stack.expert_bytes)
+            expert = np.frombuffer(scratch.file.read(stack.expert_bytes), stack.leaf.dtype)
+        offset = 0
+        for _, *box in _boxes(0, 1, stack):
+            part = matrix[tuple(box)]
+            part[...] = expert[offset : offset + part.size].reshape(part.shape)
+            offset += part.size
+
+
+def _chunks(
+    stack: _Stack,
+    start: int,
+    stop: int,
+    room: Callable[[tuple[slice, ...]], np.ndarray],
+    in_flight: int,
+) -> Iterator[np.ndarray]:
+    """Reads the chunks of experts [start, stop) to where `room` says, several at a time."""
+    assert stack.array is not None
     stored_dtype = stack.array.dtype.numpy_dtype
-    target = ts.array(into.view(stored_dtype))
     at_once = max(1, in_flight // max(1, math.prod(stack.chunks) * stored_dtype.itemsize))
     pending = collections.deque()
     for box in _boxes(start, stop, stack):
         if len(pending) == at_once:
-            pending.popleft().result()
-        source = stack.array[box]
-        shifted = slice(box[0].start - start, box[0].stop - start)
-        pending.append(target[(shifted, *box[1:])].write(source))
-    for write in pending:
-        write.result()
+            done, reading = pending.popleft()
+            reading.result()
+            yield done
+        chunk = room(box)
+        pending.append((chunk, ts.array(chunk.view(stored_dtype)).write(stack.array[box])))
+    for done, reading in pending:
+        reading.result()
+        yield done
 
 
 def _boxes(start: int, stop: int, stack: _Stack) -> Iterator[tuple[slice, ...]]:
