@@ -8,5 +8,7 @@ from qmoe_jax.report import Report as Report
 from qmoe_jax.runs.compress import Compute as Compute
 from qmoe_jax.runs.compress import compress as compress
 from qmoe_jax.runs.evaluate import evaluate as evaluate
+from qmoe_jax.runs.train import train as train
+from qmoe_jax.training.batches import TrainingText as TrainingText
 
 __version__ = "0.1.0"

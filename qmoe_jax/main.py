@@ -19,20 +19,25 @@ import gin
 from qmoe_jax import bindings, options
 from qmoe_jax.checkpoints import array_files
 from qmoe_jax.options import Options
-from qmoe_jax.runs import compress, evaluate
+from qmoe_jax.runs import compress, devices, evaluate, train
 
 # Run mode -> function, and its parameter for the folder that config.gin goes to.
 RUN_MODES: dict[str, tuple[Callable[..., Any], str]] = {
     "compress": (compress.compress, "output_dir"),
     "eval": (evaluate.evaluate, "eval_output_dir"),
+    "train": (train.train, "model_dir"),
 }
 INTERRUPTED = 130
-SMALLER = "lower EXPERTS_PER_GROUP if it was solving experts, else BATCH_TOKENS"
+SMALLER = (
+    "lower EXPERTS_PER_GROUP if it was solving experts, BATCH_SIZE if it was training, else "
+    "BATCH_TOKENS"
+)
 ROOT = str(pathlib.Path(__file__).resolve().parents[1])  # holds t5x_configs, installed or not
 
 
 def run() -> None:
     """The console script."""
+    devices.keep_freed_memory()
     code = main(sys.argv)
     if code == INTERRUPTED:
         # JAX's threads may still be at work, and crash in a regular exit.
@@ -88,13 +93,20 @@ def configure(function: Callable[..., Any], given: Options) -> dict[str, Any]:
         for name, value in given.settings:
             _bind(name, value, known=bindings.used_names(gin.config_str()))
         if missing := bindings.missing_names(gin.config_str()):
-            raise ValueError(f"not set: {', '.join(missing)}; add --gin.{missing[0]}=... and so on")
+            raise ValueError(_not_set(missing))
         gin.finalize()
         return _checked_arguments(function)
     except Exception as error:  # gin raises all kinds
         raise ValueError(bindings.explanation(error)) from error
     finally:
         logging.disable(logging.NOTSET)
+
+
+def _not_set(names: Sequence[str]) -> str:
+    first = next((name for name in names if name != "MODEL"), None)
+    ways = ["--gin_file=t5x_configs/models/... for the model"] if "MODEL" in names else []
+    ways += [f"--gin.{first}=... and so on"] if first else []
+    return f"not set: {', '.join(names)}; add {' and '.join(ways)}"
 
 
 def _bind(name: str, value: str, known: set[str]) -> None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
+import os
+import platform
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import numpy as np
@@ -33,3 +37,30 @@ def test_what_is_on_the_device_does_not_follow_the_host():
     device = devices.to_device(host)
     host[:] = 7
     assert (np.asarray(device) == 1).all()
+
+
+FAULTS = """
+import resource
+from qmoe_jax.runs import devices
+devices.keep_freed_memory()
+for _ in range(2):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    bytearray(64 << 20)
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="speaks to glibc")
+@pytest.mark.parametrize("chosen", [{}, {"MALLOC_ARENA_MAX": "2"}])
+def test_memory_is_kept_for_the_next_user_unless_the_environment_says_how(chosen):
+    """What was kept has its pages already: taking it again faults in none of 16,384."""
+    given = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    done = subprocess.run(
+        [sys.executable, "-c", FAULTS],
+        env=given | chosen,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (int(done.stdout) < 1000) == (not chosen)

@@ -13,7 +13,7 @@ from qmoe_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHECKPOINT = ROOT / "tests/data/t5x/tiny_switch_base/legacy/checkpoint_500100"
-DEMO = ROOT / "examples" / "demo"
+DEMO = ROOT / "tests" / "data" / "text"
 SMALL = (  # enough for one quick pass
     "--gin.NUM_SAMPLES=4",
     "--gin.NUM_VALIDATION_SAMPLES=2",
@@ -54,6 +54,28 @@ def test_eval_dry_run(tmp_path, capsys):
     arguments = (*INPUTS, *TEXT, "--gin.VALIDATION_FILES=None", "--gin.EVAL_OUTPUT_DIR=out")
     assert call("--run_mode=eval", "--dry_run", *arguments) == 0
     assert "(t5x): 2 samples" in " ".join(capsys.readouterr().out.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_train_takes_its_model_from_a_second_file(tmp_path, capsys):
+    arguments = (
+        "--run_mode=train",
+        "--dry_run",
+        TEXT[0],
+        f"--gin.TRAIN_FILES={DEMO / 'calibration.jsonl'}",
+        "--gin.TRAIN_STEPS=3",
+        "--gin.MODEL_DIR=model",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 24}",
+    )
+    assert call(*arguments) == 1
+    error = "not set: MODEL; add --gin_file=t5x_configs/models/... for the model\n"
+    assert capsys.readouterr().err == f"qmoe-jax: error: {error}"
+    names = ("models/switch_demo", "runs/train")
+    files = [f"--gin_file=t5x_configs/{name}.gin" for name in names]
+    assert call(*arguments, *files) == 0
+    assert "3,677,184 parameters, to step 3" in capsys.readouterr().out
+    assert call(*arguments, *files, "--gin.OPTIMIZER=sgd") == 1
+    assert "OPTIMIZER is 'sgd'; expected" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
