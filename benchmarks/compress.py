@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--like-published-cpu", action="store_true", help="the whole walk")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
+    devices.keep_freed_memory()  # as the command line does
     if not (arguments.gptq or arguments.like_published_cpu):
         parser.error("nothing to measure: give --gptq or --like-published-cpu")
     if arguments.gptq:

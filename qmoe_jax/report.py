@@ -57,6 +57,8 @@ class Report:
     machine: dict[str, Any]
     layers: list[LayerRecord] = dataclasses.field(default_factory=list)
     losses: dict[str, float] = dataclasses.field(default_factory=dict)  # nats per target token
+    # Of the original's loss; of the others, of the difference from it.
+    standard_errors: dict[str, float] = dataclasses.field(default_factory=dict)
     totals: dict[str, Any] = dataclasses.field(default_factory=dict)
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -140,8 +142,12 @@ def _losses_table(report: Report) -> rich.table.Table:
     table = rich.table.Table("", "loss", "difference", title="Masked-span loss (nats per token)")
     original = report.losses.get("original")
     for name, loss in report.losses.items():
-        change = "" if original is None or name == "original" else f"{loss - original:+.4f}"
-        table.add_row(name.replace("_", " "), f"{loss:.4f}", change)
+        error = f" ± {report.standard_errors[name]:.4f}" if name in report.standard_errors else ""
+        if name == "original":
+            table.add_row(name, f"{loss:.4f}{error}", "")
+        else:
+            change = "" if original is None else f"{loss - original:+.4f}{error}"
+            table.add_row(name.replace("_", " "), f"{loss:.4f}", change)
     return table
 
 
@@ -178,7 +184,8 @@ def _warnings(report: Report) -> list[str]:
         return []
     shown = "\n".join(f"  {item}" for item in fallen[:10])
     more = f"\n  and {len(fallen) - 10} more in report.json" if len(fallen) > 10 else ""
-    return [f"{len(fallen)} experts were rounded to nearest:\n{shown}{more}"]
+    experts = "1 expert was" if len(fallen) == 1 else f"{len(fallen)} experts were"
+    return [f"{experts} rounded to nearest:\n{shown}{more}"]
 
 
 def _skipped(counts: dict[str, int]) -> str:

@@ -16,7 +16,7 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.runs import compress, evaluate
 
-DEMO = "examples/demo"
+DEMO = "tests/data/text"
 
 
 @pytest.fixture(scope="session")

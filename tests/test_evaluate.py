@@ -12,7 +12,7 @@ from qmoe_jax.runs import compress, evaluate
 
 @pytest.fixture
 def text(request):
-    demo = request.config.rootpath / "examples" / "demo"
+    demo = request.config.rootpath / "tests" / "data" / "text"
     return Text(
         sentencepiece_model_file=str(demo / "sentencepiece.model"),
         files=str(demo / "calibration.jsonl"),

@@ -54,7 +54,7 @@ def hidden(x, kernels):
     return gelu * (x @ kernels["wi_1"])
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 128, 700])
+@pytest.mark.parametrize("tokens", [0, 1, 128, 700])  # none, one small tile, two tiles
 @pytest.mark.parametrize("name", ["tiny_switch_base", "tiny_switch_xxl"])
 def test_hessians_and_outputs_against_float64(name, tokens):
     block, params = sparse_block(name)
@@ -72,13 +72,17 @@ def test_hessians_and_outputs_against_float64(name, tokens):
     hessians = experts.zero_hessians(block.config, 2)
     hessians = experts.add_to_hessians(hessians, 1, block, params, kernels, buffer, rows)
     for kind, inputs in (("in", x), ("out", h)):
-        upper = np.triu(np.asarray(hessians[kind][1]))
-        np.testing.assert_allclose(upper, np.triu(inputs.T @ inputs), rtol=2e-4, atol=2e-3)
+        lower = np.tril(np.asarray(hessians[kind][1]))
+        np.testing.assert_allclose(lower, np.tril(inputs.T @ inputs), rtol=2e-4, atol=2e-3)
         assert not np.asarray(hessians[kind][0]).any()
 
     prob = rng.uniform(size=750).astype(np.float32)
-    routes = Routes(np.zeros(750, np.int32), prob)
-    experts.run_expert(block, params, kernels, buffer, routes, rows)
+    chosen = np.full(750, block.config.num_experts, np.int32)
+    chosen[rows] = expert
+    routes = Routes(chosen, prob)
+    assigned = experts.assign(routes, block.config.num_experts)
+    group = {name: kernel[2:5] for name, kernel in stacked.items()}
+    assert experts.run_experts(block, params, group, 2, buffer, routes, assigned) == tokens
     expected = data.astype(np.float64)
     expected[rows] += prob[rows, None] * (h @ wide["wo"])
     np.testing.assert_allclose(buffer.data, expected, rtol=1e-4, atol=1e-4)

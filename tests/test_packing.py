@@ -167,9 +167,9 @@ def test_a_range_of_experts_traced_and_not():
 
 def test_sizes_of_a_slab_are_few_and_close():
     sizes = {packing._bucket(64 * blocks) for blocks in range(2**10, 2**11)}
-    assert len(sizes) <= 17
+    assert len(sizes) <= 5
     for words in (64, 128, 2048, 64 * 1025, 10**9 // 64 * 64):
-        assert words <= packing._bucket(words) <= 1.0625 * words
+        assert words <= packing._bucket(words) <= 1.25 * words
         assert packing._bucket(words) % 64 == 0
 
 

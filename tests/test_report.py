@@ -50,12 +50,15 @@ def test_summary_shows_losses_sizes_and_every_fallback(layers):
         machine={},
         layers=layers,
         losses={"original": 2.0, "round_to_nearest": 2.5, "compressed": 2.125},
+        standard_errors={"original": 0.25, "round_to_nearest": 0.0625, "compressed": 0.03125},
         totals=reports.totals(layers, 10_000, 2500),
         seconds={"solve": 3.0, "read": 1.0},
     )
     out = io.StringIO()
     rich.console.Console(file=out, width=100).print(reports.summary(report))
     text = out.getvalue()
-    for expected in ("2.1250", "+0.1250", "round to nearest", "20.00x", "8.00x", "85.0%", "75%"):
+    for expected in ("round to nearest", "20.00x", "8.00x", "85.0%", "75%"):
+        assert expected in text
+    for expected in ("2.0000 ± 0.2500", "2.1250", "+0.1250 ± 0.0312", "+0.5000 ± 0.0625"):
         assert expected in text
     assert "encoder/layers_1 expert 1: no calibration tokens" in text

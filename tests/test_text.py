@@ -11,7 +11,7 @@ from qmoe_jax.calibration.text import Text
 
 @pytest.fixture(scope="module")
 def demo(request):
-    return request.config.rootpath / "examples" / "demo"
+    return request.config.rootpath / "tests" / "data" / "text"
 
 
 def options(demo, **changes):

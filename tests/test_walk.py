@@ -51,10 +51,7 @@ def walked_losses(name, samples, batch_tokens=128, folder=None):
 def run_all_experts(block, layer_params, state, routes):
     stacked = {name: leaf["kernel"] for name, leaf in layer_params["mlp"]["expert"].items()}
     assigned = experts.assign(routes, block.config.num_experts)
-    for expert in range(block.config.num_experts):
-        kernels = experts.expert_kernels(stacked, expert)
-        rows = assigned.of(expert)
-        experts.run_expert(block, layer_params, kernels, state.updated, routes, rows)
+    experts.run_experts(block, layer_params, stacked, 0, state.updated, routes, assigned)
 
 
 @functools.cache

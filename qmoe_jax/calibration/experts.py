@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tokens routed to one expert, in fixed-size chunks: Hessians of its matrices, and its output.
+"""The tokens routed to experts, in fixed shapes: Hessians of their matrices, and their outputs.
 
-An expert's tokens are taken in buffer order, in chunks of `CHUNK` rows and, for the rest, of `TAIL`
-rows, the last one padded with zeros. So two shapes are compiled, and what an expert gets does not
-depend on which other experts are in its group.
+An expert's tokens are taken in buffer order. Hessians take them in loads, of which only the tiles
+in use are computed; outputs in chunks of `CHUNK` rows and, for the rest, of `TAIL` rows. The last
+piece is padded with zeros. So few shapes are compiled, and what an expert gets does not depend on
+which other experts are in its group.
 """
 
 import collections
@@ -11,10 +12,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.calibration import buffers
@@ -26,8 +29,9 @@ from qmoe_jax.models.layers import activate, add_residual, matmul, rms_norm
 from qmoe_jax.models.moe import expert_mlp
 from qmoe_jax.quantization import hessian
 
-CHUNK = 512
-TAIL = 128
+CHUNK, TAIL = 512, 128
+LOAD, TILE = 4096, 512  # rows of a Hessian's load, and of one of its tiles: one product each
+SMALL = 128  # what fits this many rows is a load of one such tile
 _RUNNING = 4  # chunks on the device whose results have not been fetched
 
 # One expert's matrices, [in, out], by name.
@@ -51,8 +55,10 @@ def assign(
 ) -> Assignment:
     """Sorts tokens by expert; those dropped, or not in `keep`, belong to none."""
     expert = routes.expert if keep is None else np.where(keep, routes.expert, num_experts)
-    starts = np.searchsorted(np.sort(expert), np.arange(num_experts + 1))
-    return Assignment(np.argsort(expert, kind="stable")[: starts[-1]], starts)
+    counts = np.bincount(expert, minlength=num_experts + 1)[:num_experts]
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    narrow = expert.astype(np.int16) if num_experts < 1 << 15 else expert  # sorted by radix
+    return Assignment(np.argsort(narrow, kind="stable")[: starts[-1]], starts)
 
 
 def token_cap(assignment: Assignment, factor: float) -> int:
@@ -78,37 +84,62 @@ def add_to_hessians(
     rows: Int[np.ndarray, " N"],
 ) -> dict[str, Float[Array, "E _ _"]]:
     """Adds one expert's tokens at `place`; donates `hessians`, which may hold either or both."""
+    layer = _Layer(block.config.mlp_activations, block.dtype)
     scale_D = layer_params["pre_mlp_layer_norm"]["scale"]
-    for chunk, size in _chunks(rows):
-        x_ND = jnp.asarray(buffers.read_rows(buffer.data, chunk, size))
-        hessians = _add_chunk(hessians, block, scale_D, kernels, x_ND, jnp.int32(place))
+    kernels = {name: kernels[name] for name in input_matrices(layer.activations)}
+    for start in range(0, len(rows), LOAD):
+        piece = rows[start : start + LOAD]
+        size, tile = (SMALL, SMALL) if len(piece) <= SMALL else (LOAD, TILE)
+        x_ND = jnp.asarray(buffers.read_rows(buffer.data, piece, size))
+        tiles, at = jnp.int32(-(-len(piece) // tile)), jnp.int32(place)
+        hessians = _add_load(hessians, layer, tile, scale_D, kernels, x_ND, tiles, at)
     return hessians
 
 
-def run_expert(
+def run_experts(
     block: Block,
     layer_params: Params,
-    kernels: Kernels,
+    stacked: Mapping[str, Float[Array, "E _ _"]],
+    first: int,
     buffer: TokenBuffer,
     routes: Routes,
-    rows: Int[np.ndarray, " N"],
-) -> None:
-    """Adds `prob * expert(norm(x))` to the expert's rows of `buffer`, in place."""
+    assignment: Assignment,
+) -> int:
+    """Adds `prob * expert(norm(x))` to the rows of a group of experts in `buffer`, in place.
+
+    Args:
+      block, layer_params: its layer norm makes the experts' inputs.
+      stacked: the group's matrices, [expert, in, out], by name.
+      first: the group's first expert.
+      buffer: the residual stream after the dense part.
+      routes: the probability of each row's expert.
+      assignment: the rows of each expert.
+
+    Returns:
+      The number of rows.
+    """
+    layer = _Layer(block.config.mlp_activations, block.dtype)
     scale_D = layer_params["pre_mlp_layer_norm"]["scale"]
     running = collections.deque()
+    routed = 0
 
     def fetch():
         chunk, result = running.popleft()
         buffer.data[chunk] = np.asarray(result)[: len(chunk)]
 
-    for chunk, size in _chunks(rows):
-        x_ND = jnp.asarray(buffers.read_rows(buffer.data, chunk, size))
-        prob_N = jnp.asarray(buffers.read_rows(routes.prob, chunk, size))
-        running.append((chunk, _run_chunk(block, scale_D, kernels, x_ND, prob_N)))
-        if len(running) > _RUNNING:
-            fetch()
+    for place in range(len(stacked["wo"])):
+        rows = assignment.of(first + place)
+        routed += len(rows)
+        kernels = expert_kernels(stacked, place) if len(rows) else {}
+        for chunk, size in _chunks(rows):
+            x_ND = jnp.asarray(buffers.read_rows(buffer.data, chunk, size))
+            prob_N = jnp.asarray(buffers.read_rows(routes.prob, chunk, size))
+            running.append((chunk, _run_chunk(layer, scale_D, kernels, x_ND, prob_N)))
+            if len(running) > _RUNNING:
+                fetch()
     while running:
         fetch()
+    return routed
 
 
 def expert_kernels(stacked: Mapping[str, Float[Array, "E _ _"]], place: int) -> Kernels:
@@ -132,25 +163,40 @@ def _index(stacked, place):
     }
 
 
-@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
-def _add_chunk(hessians, block: Block, scale_D, kernels: Kernels, x_ND, place):
-    x_ND = rms_norm(x_ND, scale_D, block.dtype)
-    added = {}
-    if "in" in hessians:
-        added["in"] = hessian.add_tokens(hessians["in"], x_ND, place)
-    if "out" in hessians:
-        activations = block.config.mlp_activations
-        projections = [
-            matmul(x_ND, kernels[name].astype(x_ND.dtype)) for name in input_matrices(activations)
-        ]
-        hidden_NF = activate(activations, projections)
-        added["out"] = hessian.add_tokens(hessians["out"], hidden_NF, place)
-    return added
+class _Layer(NamedTuple):
+    """What a compiled step depends on: blocks of both stacks share it."""
+
+    activations: tuple[str, ...]
+    dtype: DTypeLike
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2), donate_argnums=0)
+def _add_load(hessians, layer: _Layer, tile: int, scale_D, kernels: Kernels, x_ND, tiles, place):
+    """Adds `tiles` tiles of a load to one expert's part, which is put back once: it is large."""
+
+    def add(index, sums):
+        rows_ND = jax.lax.dynamic_slice_in_dim(x_ND, index * tile, tile)
+        inputs_ND = rms_norm(rows_ND, scale_D, layer.dtype)
+        added = {}
+        if "in" in sums:
+            added["in"] = hessian.add_tile(sums["in"], inputs_ND)
+        if "out" in sums:
+            projections = [
+                matmul(inputs_ND, kernels[name].astype(inputs_ND.dtype))
+                for name in input_matrices(layer.activations)
+            ]
+            hidden_NF = activate(layer.activations, projections)
+            added["out"] = hessian.add_tile(sums["out"], hidden_NF)
+        return added
+
+    sums = {kind: hessian.strips(H_ECC, place) for kind, H_ECC in hessians.items()}
+    sums = jax.lax.fori_loop(0, tiles, add, sums)
+    return {kind: hessian.with_strips(H_ECC, sums[kind], place) for kind, H_ECC in hessians.items()}
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run_chunk(block: Block, scale_D, kernels: Kernels, x_ND, prob_N):
-    normed_ND = rms_norm(x_ND, scale_D, block.dtype)
-    y_ND = expert_mlp(block.config.mlp_activations, kernels, normed_ND)
+def _run_chunk(layer: _Layer, scale_D, kernels: Kernels, x_ND, prob_N):
+    normed_ND = rms_norm(x_ND, scale_D, layer.dtype)
+    y_ND = expert_mlp(layer.activations, kernels, normed_ND)
     y_ND = prob_N[:, None] * y_ND.astype(jnp.float32)
     return add_residual(x_ND, y_ND).astype(x_ND.dtype)

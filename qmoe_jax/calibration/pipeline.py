@@ -40,10 +40,11 @@ def read_ahead(items: Iterable[T], depth: int = 1) -> Iterator[Iterator[T]]:
 
 
 @contextlib.contextmanager
-def write_behind(depth: int = 2) -> Iterator[Callable[..., None]]:
+def write_behind(depth: int = 2) -> Iterator[Callable[..., Future]]:
     """Runs submitted calls in order in one thread, at most `depth` of them outstanding.
 
-    A call's exception is raised by a later submit, or on leaving the context, which waits for all.
+    Submitting returns the call's future. A call's exception is raised by a later submit, or on
+    leaving the context, which waits for all.
     When the context is left by an exception, calls that have not begun are dropped.
 
     Raises:
@@ -53,10 +54,11 @@ def write_behind(depth: int = 2) -> Iterator[Callable[..., None]]:
     pending: collections.deque[Future] = collections.deque()
     with ThreadPoolExecutor(1, "write-behind") as pool:
 
-        def submit(function: Callable, *args) -> None:
+        def submit(function: Callable, *args) -> Future:
             while pending and (len(pending) >= depth or pending[0].done()):
                 pending.popleft().result()
             pending.append(pool.submit(function, *args))
+            return pending[-1]
 
         try:
             yield submit

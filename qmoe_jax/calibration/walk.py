@@ -122,9 +122,16 @@ def run_block(
     if block.sparse:
         routes = Routes(np.zeros(tokens, np.int32), np.zeros(tokens, np.float32))
     bias_params = {block.stack: {"relpos_bias": params[block.stack]["relpos_bias"]}}
-    for batch, (x_BLD, expert_BL, prob_BL) in _batched(
-        functools.partial(_run_block, block, bias_params, layer_params), activations
-    ):
+
+    @functools.cache
+    def bias_HLL(length: int):
+        return _relpos_bias(block, bias_params, length)
+
+    def function(x_BLD, tokens, encoded_BSD):
+        bias = bias_HLL(x_BLD.shape[1])
+        return _run_block(block, layer_params, x_BLD, tokens, bias, encoded_BSD)
+
+    for batch, (x_BLD, expert_BL, prob_BL) in _batched(function, activations):
         buffers.write_batch(activations.updated, batch, x_BLD)
         if routes is not None:
             _scatter(activations, batch, expert_BL, routes.expert)
@@ -202,9 +209,13 @@ def _embed(params: Params, tokens_BL, dtype) -> Float[Array, "B L D"]:
     return switch.embed(params, tokens_BL, dtype)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _relpos_bias(block: Block, params: Params, length: int) -> Float[Array, "H L L"]:
+    return switch.relpos_bias(block.config, params, block.stack, length, block.dtype)
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _run_block(block: Block, params: Params, layer_params: Params, x_BLD, tokens, encoded_BSD):
-    bias_HLL = switch.relpos_bias(block.config, params, block.stack, x_BLD.shape[1], block.dtype)
+def _run_block(block: Block, layer_params: Params, x_BLD, tokens, bias_HLL, encoded_BSD):
     arguments = (x_BLD, _masks(tokens), bias_HLL, encoded_BSD)
     if block.sparse:
         out = block.apply({"params": layer_params}, *arguments, method="dense_part")
@@ -222,9 +233,10 @@ def _final_norm(stack: Stack, dtype, params: Params, x_BLD, tokens, _encoded):
 def _losses(config: SwitchConfig, params: Params, x_BLD, tokens, _encoded):
     targets_BL = tokens[2]
     logits_BLV = switch.logits(config, params, x_BLD)
-    log_prob_BLV = jax.nn.log_softmax(logits_BLV, axis=-1)
-    chosen_BL = jnp.take_along_axis(log_prob_BLV, targets_BL[..., None], axis=-1)[..., 0]
-    return -jnp.sum(jnp.where(targets_BL > 0, chosen_BL, 0.0), axis=1)
+    chosen_BL = jnp.take_along_axis(logits_BLV, targets_BL[..., None], axis=-1)[..., 0]
+    # Not log_softmax, which would write another array over the vocabulary.
+    loss_BL = jax.nn.logsumexp(logits_BLV, axis=-1) - chosen_BL
+    return jnp.sum(jnp.where(targets_BL > 0, loss_BL, 0.0), axis=1)
 
 
 def _masks(tokens):

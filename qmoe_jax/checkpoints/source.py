@@ -107,6 +107,23 @@ def outer_params(source: Source) -> dict[str, np.ndarray]:
     return dict(source.read(names))
 
 
+def all_params(source: Source) -> dict[str, np.ndarray]:
+    """All parameters by their T5X paths, experts dequantized: for models that memory holds."""
+    config = source.config
+    params = outer_params(source)
+    for stack in configs.STACKS:
+        for layer in range(configs.num_layers(config, stack)):
+            prefix = f"{stack}/layers_{layer}/"
+            layer_own = layer_params(source, stack, layer)
+            params |= {prefix + name: array for name, array in layer_own.items()}
+            if layer in configs.sparse_layers(config, stack):
+                groups = list(source.expert_groups(stack, layer, config.num_experts))
+                for name in configs.expert_matrices(config):
+                    stacked = np.concatenate([group.arrays[name] for group in groups])
+                    params[f"{prefix}mlp/expert/{name}/kernel"] = stacked
+    return params
+
+
 def check_finite(source: Source, params: Mapping[str, np.ndarray], prefix: str = "") -> None:
     """Refuses NaN and infinities, by whatever damage they came; names are completed by `prefix`.
 

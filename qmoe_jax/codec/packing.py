@@ -152,8 +152,8 @@ def _exact_bfloat16(
 
 
 def _bucket(words: int) -> int:
-    """Rounds up to one of 16 sizes an octave (at most 6% more), a multiple of 64."""
-    step = max(packed_lib.BLOCK_WORDS, 2 ** max(words.bit_length() - 5, 0))
+    """Rounds up to one of 4 sizes an octave (at most 25% more), a multiple of 64."""
+    step = max(packed_lib.BLOCK_WORDS, 2 ** max(words.bit_length() - 3, 0))
     return -(-words // step) * step
 
 

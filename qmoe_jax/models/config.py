@@ -73,6 +73,13 @@ def num_layers(config: SwitchConfig, stack: Stack) -> int:
     return config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers
 
 
+def last_sparse_layer(config: SwitchConfig) -> tuple[Stack, int]:
+    """The sparse layer that the model applies last."""
+    if config.decoder_sparse_layers:
+        return "decoder", max(config.decoder_sparse_layers)
+    return "encoder", max(config.encoder_sparse_layers)
+
+
 def input_matrices(activations: tuple[str, ...]) -> tuple[str, ...]:
     """Names of an MLP's input kernels, one for each activation: `wi`, or `wi_0` and `wi_1`."""
     if len(activations) == 1:

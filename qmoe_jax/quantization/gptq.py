@@ -111,8 +111,9 @@ def gptq(
 
     Args:
       kernel: the weights, any float dtype, T5X's axes.
-      hessian: float32, proportional to `X^T X` over the expert's tokens. Zero (no tokens) gives
-        round-to-nearest; not positive definite after damping gives it too, for that expert alone.
+      hessian: float32, proportional to `X^T X` over the expert's tokens; only the lower triangle is
+        read. Zero (no tokens) gives round-to-nearest; not positive definite after damping gives it
+        too, for that expert alone.
       bits: the kind of grid.
       options: see `GptqOptions`.
       store_bfloat16: round grids to bfloat16 before the solve (`grids.fit`).
@@ -152,9 +153,11 @@ def _factor(
     order_EC = None
     if options.activation_order:
         order_EC = jnp.argsort(-diagonal_EC, axis=1)
+        H_ECC = jnp.tril(H_ECC) + jnp.tril(H_ECC, -1).mT
         H_ECC = _take(_take(H_ECC, order_EC).mT, order_EC).mT
     H_ECC = H_ECC + damping_E1[..., None] * jnp.eye(C, dtype=H_ECC.dtype)[None]
-    L_ECC = lax.linalg.cholesky(H_ECC[:, ::-1, ::-1], symmetrize_input=False)
+    # LAPACK's matrices are stored by columns: the transpose of ours is one of these as it stands.
+    L_ECC = lax.linalg.cholesky(H_ECC.mT[:, ::-1, ::-1], symmetrize_input=False)
     not_pd_E = ~jnp.isfinite(jnp.diagonal(L_ECC, axis1=1, axis2=2)).all(1)
     eye_1CC = jnp.eye(C, dtype=H_ECC.dtype)[None]
     N_ECC = jnp.where(not_pd_E[:, None, None], eye_1CC, L_ECC.mT[:, ::-1, ::-1])

@@ -11,6 +11,7 @@ import dataclasses
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import rich.console
 from qmoe_jax import report as reports
 from qmoe_jax.calibration import experts, pipeline, text, walk
 from qmoe_jax.calibration.text import Samples, Text
-from qmoe_jax.calibration.walk import Activations, Params, Routes
+from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
 from qmoe_jax.checkpoints import packed, source
 from qmoe_jax.checkpoints.packed_manifest import Codec, Header
 from qmoe_jax.checkpoints.source import Source
@@ -27,6 +28,7 @@ from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.block import Block, make_block
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
+from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
 from qmoe_jax.runs import devices, groups, progress, records, tracks, work
@@ -46,7 +48,8 @@ class Compute:
         float32 on a CPU.
       experts_per_group: solved together; None: as many as a part of the device's memory holds.
         Changes no level.
-      batch_tokens: padded positions in one batch of the dense part.
+      batch_tokens: padded positions in one batch of the dense part; None: 1,024 on a CPU, 8,192 on
+        an accelerator.
       buffer_dir: folder for memory-mapped activation buffers; None keeps them in memory.
       scratch_dir: folder for re-chunking experts where their chunks exceed `read_budget`; None:
         the output folder.
@@ -55,13 +58,13 @@ class Compute:
 
     activation_dtype: str | None = None
     experts_per_group: int | None = None
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     buffer_dir: str | None = None
     scratch_dir: str | None = None
     read_budget: int = 4 << 30
 
     def __post_init__(self):
-        if self.batch_tokens < 1:
+        if self.batch_tokens is not None and self.batch_tokens < 1:
             raise ValueError(f"BATCH_TOKENS is {self.batch_tokens}; expected 1 or more")
         if self.read_budget < 0:
             raise ValueError(f"READ_BUDGET is {self.read_budget}; expected 0 bytes or more")
@@ -197,7 +200,7 @@ def compress_samples(
             tracks=followed,
             keep=tracks.kept_positions(samples, quantizer.mask_special_tokens),
             group_size=group_size,
-            batch_tokens=compute.batch_tokens,
+            batch_tokens=devices.batch_tokens(compute.batch_tokens),
             buffer_dir=buffer_dir,
             shown=shown,
         )
@@ -220,7 +223,7 @@ def num_calibration_samples(config: SwitchConfig, wanted: int | None) -> int:
     return wanted or round(SAMPLES_PER_EXPERT * config.num_experts)
 
 
-def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, float]]:
+def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, SampleLosses]]:
     """The walk: encoder, then decoder. Returns the sparse layers' records and the losses."""
     config = run.original.config
     layers: list[LayerRecord] = []
@@ -228,25 +231,22 @@ def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, float]]:
     source.check_finite(run.original, read)
     packed.commit_params(run.output, "outer", tracks.as_stored(read, run.formats.store_dtype))
     outer = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
-    encoded, states = {}, {}
+    followed, encoded, states = run.tracks, {}, {}
     for stack in STACKS:
         states = {}  # frees the encoder's buffers, but for its outputs
         with progress.timed(run.shown, "dense part"):
-            states = {t.name: _start(run, t, stack, outer[t.version], encoded) for t in run.tracks}
+            states = {t.name: _start(run, t, stack, outer[t.version], encoded) for t in followed}
         for layer in range(configs.num_layers(config, stack)):
             states, record = compress_block(run, stack, layer, outer, states)
             if record is not None:
                 layers.append(record)
+        followed = tracks.followed(run.tracks, states)
         with progress.timed(run.shown, "dense part"):
-            for t in run.tracks:
-                if stack == "decoder" and t.name == CALIBRATION:
-                    continue  # nobody reads it
+            for t in followed:
                 encoded[t.name] = walk.finish(outer[t.version], states[t.name], run.formats.dtype)
     with progress.timed(run.shown, "losses"):
         losses = {
-            t.version: walk.losses(config, outer[t.version], states[t.name]).mean
-            for t in run.tracks
-            if t.name != CALIBRATION
+            t.version: walk.losses(config, outer[t.version], states[t.name]) for t in followed
         }
     return layers, losses
 
@@ -267,12 +267,12 @@ def compress_block(
     params = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
     routes: dict[str, Routes] = {}
     with progress.timed(run.shown, "dense part"):
-        for t in run.tracks:
+        for t in tracks.followed(run.tracks, states):
             found = walk.run_block(block, outer[t.version], params[t.version], states[t.name])
             if found is not None:
                 routes[t.name] = found
     where = f"{stack} block {layer + 1} of {configs.num_layers(config, stack)}"
-    tokens = sum(len(state.current.data) for state in states.values())
+    tokens = sum(tracks.num_tokens(track, stack) for track in run.tracks)
     done = work.dense_part(config, stack, block.sparse, tokens)
     progress.advance(run.shown, done, where, tokens, time.perf_counter() - begun)
     record = None
@@ -281,7 +281,8 @@ def compress_block(
     stored = tracks.as_stored(read, run.formats.store_dtype, f"{stack}/layers_{layer}/")
     packed.commit_params(run.output, f"{stack}.layers_{layer}", stored)
     progress.line(run.shown, f"{where}: {tokens:,} tokens, {time.perf_counter() - begun:.1f} s")
-    return {name: walk.advance(state) for name, state in states.items()}, record
+    left = tracks.still_needed(config, stack, layer, states)
+    return {name: walk.advance(state) for name, state in left.items()}, record
 
 
 def compress_experts(
@@ -300,59 +301,63 @@ def compress_experts(
     }
     tokens = _hessian_tokens(run, block, states, routes, assigned)
     read = run.original.expert_groups(block.stack, layer, run.group_size)
-    solved: list[SolvedGroup] = []
-    with pipeline.read_ahead(read) as ahead, pipeline.write_behind() as write:
+    followed = tracks.followed(
+        run.tracks, tracks.still_needed(block.config, block.stack, layer, states)
+    )
 
-        def compress_group(group: ExpertGroup) -> SolvedGroup:
-            """A function of its own, so that no group is on the device when the next one comes."""
-            started = time.perf_counter()
-            result, original, compressed = groups.solve(
-                run.quantizer,
-                run.formats,
-                block,
-                layer,
-                params["compressed"],
-                group,
-                tokens,
-                run.shown,
-            )
-            kernels = {"original": original, "compressed": compressed}
-            if "round_to_nearest" in params:
-                kernels["round_to_nearest"] = groups.nearest_kernels(
-                    run.quantizer, run.formats, original
-                )
-            with progress.timed(run.shown, "expert forward"):
-                routed = _run_group(run, block, params, kernels, group, states, routes, assigned)
-            write(packed.commit_experts, run.output, block.stack, layer, group.start, result.packed)
-            solves = tokens is not None
-            done = work.expert_group(block.config, group.stop - group.start, routed, solves)
-            spent = time.perf_counter() - started
-            progress.advance(run.shown, done, f"{where}, expert {group.stop}", routed, spent)
+    def pack(group: ExpertGroup, quantized: Mapping[str, Quantized]) -> SolvedGroup:
+        with progress.timed(run.shown, "pack, beside the rest"):
+            result = groups.pack(run.quantizer, run.formats, group, quantized, tokens)
+            packed.commit_experts(run.output, block.stack, layer, group.start, result.packed)
             return dataclasses.replace(result, packed={})
 
+    def compress_group(group: ExpertGroup) -> Future[SolvedGroup]:
+        """A function of its own, so that no group is on the device when the next one comes."""
+        started = time.perf_counter()
+        quantized, original, compressed = groups.solve(
+            run.quantizer,
+            run.formats,
+            block,
+            layer,
+            params["compressed"],
+            group,
+            tokens,
+            run.shown,
+        )
+        packing = write(pack, group, quantized)
+        kernels = {"original": original, "compressed": compressed}
+        if "round_to_nearest" in params:
+            kernels["round_to_nearest"] = groups.nearest_kernels(
+                run.quantizer, run.formats, original
+            )
+        with progress.timed(run.shown, "expert forward"):
+            _run_group(followed, block, params, kernels, group, states, routes, assigned)
+        routed = sum(int(a.starts[group.stop] - a.starts[group.start]) for a in assigned.values())
+        done = work.expert_group(block.config, group.stop - group.start, routed, tokens is not None)
+        spent = time.perf_counter() - started
+        progress.advance(run.shown, done, f"{where}, expert {group.stop}", routed, spent)
+        return packing
+
+    with pipeline.read_ahead(read) as ahead, pipeline.write_behind(depth=1) as write:
+        packing = []
         while (group := _next(ahead, run.shown)) is not None:
-            solved.append(compress_group(group))
+            packing.append(compress_group(group))
+    solved = [future.result() for future in packing]
     return groups.layer_record(block.stack, layer, solved, time.perf_counter() - begun)
 
 
-def _run_group(run, block, params, kernels, group, states, routes, assigned) -> int:
-    """Every track's tokens through its version of the group's experts; returns their number."""
-    routed = 0
-    for track in run.tracks:
-        for place, expert in enumerate(range(group.start, group.stop)):
-            rows = assigned[track.name].of(expert)
-            if not len(rows):
-                continue
-            experts.run_expert(
-                block,
-                params[track.version],
-                experts.expert_kernels(kernels[track.version], place),
-                states[track.name].updated,
-                routes[track.name],
-                rows,
-            )
-            routed += len(rows)
-    return routed
+def _run_group(followed, block, params, kernels, group, states, routes, assigned) -> None:
+    """Every track's tokens through its version of the group's experts."""
+    for track in followed:
+        experts.run_experts(
+            block,
+            params[track.version],
+            kernels[track.version],
+            group.start,
+            states[track.name].updated,
+            routes[track.name],
+            assigned[track.name],
+        )
 
 
 def _hessian_tokens(run: Run, block: Block, states, routes, assigned) -> HessianTokens | None:
@@ -390,6 +395,5 @@ def _start(run: Run, track: Track, stack: Stack, params: Params, encoded) -> Act
 
 
 def _total_work(config, followed: tuple[Track, ...]) -> float:
-    encoder = sum(len(track.samples.encoder_input_tokens) for track in followed)
-    decoder = sum(len(track.samples.decoder_input_tokens) for track in followed)
+    encoder, decoder = (sum(tracks.num_tokens(t, s) for t in followed) for s in STACKS)
     return work.whole_run(config, encoder, decoder, any(t.name == CALIBRATION for t in followed))

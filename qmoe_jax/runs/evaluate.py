@@ -161,7 +161,7 @@ def walk_blocks(
                 stack,
                 outer,
                 dtype,
-                batch_tokens=compute.batch_tokens,
+                batch_tokens=devices.batch_tokens(compute.batch_tokens),
                 buffer_dir=buffer_dir,
                 encoded=encoded,
             )
@@ -216,9 +216,7 @@ def _run_experts(
     with pipeline.read_ahead(checkpoint.expert_groups(block.stack, layer, size)) as groups:
         for group in groups:
             kernels = {name: jnp.asarray(group.arrays.pop(name)) for name in list(group.arrays)}
-            for place, expert in enumerate(range(group.start, group.stop)):
-                rows = assigned.of(expert)
-                if len(rows):
-                    own = experts.expert_kernels(kernels, place)
-                    experts.run_expert(block, params, own, state.updated, routes, rows)
+            experts.run_experts(
+                block, params, kernels, group.start, state.updated, routes, assigned
+            )
             del kernels  # before the next group comes

@@ -21,7 +21,7 @@ from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.codec import packing, rates, uniform
 from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import input_matrices
-from qmoe_jax.quantization import gptq, hessian
+from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, MatrixRecord
@@ -105,15 +105,16 @@ def solve(
     group: ExpertGroup,
     tokens: HessianTokens | None,
     shown: Progress,
-) -> tuple[SolvedGroup, Kernels, Kernels]:
-    """Quantizes and packs one group.
+) -> tuple[dict[str, Quantized], Kernels, Kernels]:
+    """Quantizes one group.
 
     Args:
       layer_params: of the compressed model; its layer norm makes the experts' inputs.
+      group: its arrays are taken out of it.
       tokens: None rounds to nearest.
 
     Returns:
-      The record with the packed experts, the original kernels and the compressed ones.
+      What `pack` needs, the original kernels and the compressed ones.
 
     Raises:
       CheckpointError: a weight is not finite, or beyond bfloat16's range.
@@ -126,26 +127,34 @@ def solve(
         quantized = _round_to_nearest(quantizer, formats, original)
     else:
         quantized = _gptq(quantizer, formats, block, layer_params, group, original, tokens, shown)
+    return quantized, original, _as_stored(quantized, formats)
+
+
+def pack(
+    quantizer: Quantizer,
+    formats: Formats,
+    group: ExpertGroup,
+    quantized: Mapping[str, Quantized],
+    tokens: HessianTokens | None,
+) -> SolvedGroup:
+    """Packs a group that was solved, and records what became of it."""
     kernels = _as_stored(quantized, formats)
-    with progress.timed(shown, "pack"):
-        packed = {
-            name: kernels[name] if formats.codec == "dense" else _pack(quantizer, result)
-            for name, result in quantized.items()
-        }
-        matrices = {
-            name: _matrix_record(quantizer, quantized[name], packed[name]) for name in quantized
-        }
+    packed = {
+        name: kernels[name] if formats.codec == "dense" else _pack(quantizer, result)
+        for name, result in quantized.items()
+    }
     experts_range = range(group.start, group.stop)
-    record = SolvedGroup(
+    return SolvedGroup(
         start=group.start,
         stop=group.stop,
         packed=packed,
-        matrices=matrices,
+        matrices={
+            name: _matrix_record(quantizer, quantized[name], packed[name]) for name in quantized
+        },
         tokens=[tokens.routed[e] for e in experts_range] if tokens else [],
         hessian_tokens=[len(_counted(tokens, e)) for e in experts_range] if tokens else [],
         fallbacks=_fallbacks(group, quantized, tokens),
     )
-    return record, original, kernels
 
 
 def nearest_kernels(quantizer: Quantizer, formats: Formats, original: Kernels) -> Kernels:
@@ -189,8 +198,11 @@ def _check_range(stack: str, layer: int, group: ExpertGroup, kernels: Kernels) -
 
 @jax.jit
 def _in_range(kernel):
-    # Not by the largest weight: a CPU's maximum may pass over NaN.
-    return jnp.all(jnp.abs(kernel.astype(jnp.float32)) < LARGEST, axis=(1, 2))
+    """Whether all weights of each expert are finite, and small enough."""
+    kernel = kernel.astype(jnp.float32)
+    # The maximum alone would not do: on a CPU it may pass over NaN.
+    finite = jnp.sum(kernel * 0.0, axis=(1, 2)) == 0
+    return finite & (jnp.max(jnp.abs(kernel), axis=(1, 2)) < LARGEST)
 
 
 def _as_stored(quantized: Mapping[str, Quantized], formats: Formats) -> Kernels:
@@ -253,9 +265,7 @@ def _hessians(block, layer_params, group, kernels, tokens, kinds, shown):
                 tokens.buffer,
                 _counted(tokens, group.start + place),
             )
-        return jax.block_until_ready(
-            {kind: hessian.symmetric(array) for kind, array in hessians.items()}
-        )
+        return jax.block_until_ready(hessians)
 
 
 def _counted(tokens: HessianTokens, expert: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from qmoe_jax import report as reports
 from qmoe_jax.calibration import data
 from qmoe_jax.calibration.data import SampleSet
 from qmoe_jax.calibration.text import Samples
+from qmoe_jax.calibration.walk import SampleLosses
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS
@@ -45,7 +46,7 @@ def begin(original: Source, samples: Samples, settings: dict[str, Any]) -> Repor
 def finish(
     report: Report,
     layers: list[LayerRecord],
-    losses: dict[str, float],
+    losses: dict[str, SampleLosses],
     packed_bytes: int,
     shown: Progress,
 ) -> Report:
@@ -53,11 +54,25 @@ def finish(
     return dataclasses.replace(
         report,
         layers=layers,
-        losses=losses,
+        losses={name: found.mean for name, found in losses.items()},
+        standard_errors=_standard_errors(losses),
         totals=reports.totals(layers, report.checkpoint["parameters"], packed_bytes),
         seconds=shown.seconds,
         machine=report.machine | {"peak_host_bytes": devices.peak_host_bytes()},
     )
+
+
+def _standard_errors(losses: dict[str, SampleLosses]) -> dict[str, float]:
+    """All saw the same samples: a difference is surer than either of its losses."""
+    original = losses.get("original")
+    if original is None:
+        return {}
+    errors = {"original": original.standard_error}
+    for name, found in losses.items():
+        if name != "original":
+            difference = SampleLosses(found.total - original.total, original.targets)
+            errors[name] = difference.standard_error
+    return errors
 
 
 def _describe(samples: SampleSet) -> dict[str, Any]:

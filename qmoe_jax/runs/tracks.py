@@ -16,7 +16,8 @@ from qmoe_jax.calibration.buffers import TokenBuffer
 from qmoe_jax.calibration.data import SampleSet
 from qmoe_jax.calibration.text import Samples
 from qmoe_jax.calibration.walk import Activations, Params
-from qmoe_jax.models.config import STACKS, Stack
+from qmoe_jax.models import config as configs
+from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.runs import devices
 
 Version: TypeAlias = Literal["original", "round_to_nearest", "compressed"]
@@ -47,6 +48,27 @@ def make_tracks(samples: Samples, compare_round_to_nearest: bool) -> tuple[Track
             versions.insert(1, "round_to_nearest")
         tracks += [Track(f"validation-{name}", name, samples.validation) for name in versions]
     return tuple(tracks)
+
+
+def num_tokens(track: Track, stack: Stack) -> int:
+    """Tokens of all samples of a track in one stack."""
+    samples = track.samples
+    offsets = samples.encoder_offsets if stack == "encoder" else samples.decoder_offsets
+    return int(offsets[-1])
+
+
+def followed(tracks: Iterable[Track], states: Mapping[str, Activations]) -> list[Track]:
+    """The tracks that still have activations."""
+    return [track for track in tracks if track.name in states]
+
+
+def still_needed(
+    config: SwitchConfig, stack: Stack, layer: int, states: Mapping[str, Activations]
+) -> Mapping[str, Activations]:
+    """The states that are read after a layer: calibration's are not once all experts are solved."""
+    if (stack, layer) != configs.last_sparse_layer(config):
+        return states
+    return {name: state for name, state in states.items() if name != CALIBRATION}
 
 
 def kept_positions(
