@@ -19,9 +19,9 @@ CHECKPOINT = ROOT / "tests/data/t5x/tiny_switch_base/legacy/checkpoint_500100"
 def main(output: pathlib.Path = pathlib.Path("demo_output")) -> dict[str, float]:
     """Returns the losses: original, round-to-nearest, compressed, and the pack evaluated."""
     text = qmoe_jax.Text(
-        sentencepiece_model_file=str(ROOT / "examples/demo/sentencepiece.model"),
-        files=str(ROOT / "examples/demo/calibration.jsonl"),
-        validation_files=str(ROOT / "examples/demo/heldout.jsonl"),
+        sentencepiece_model_file=str(ROOT / "tests/data/text/sentencepiece.model"),
+        files=str(ROOT / "tests/data/text/calibration.jsonl"),
+        validation_files=str(ROOT / "tests/data/text/heldout.jsonl"),
         task_feature_lengths={"inputs": 256},
     )
     shutil.rmtree(output, ignore_errors=True)
