@@ -60,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         if arguments.get(folder) and not dry_run:
             array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
     except KeyboardInterrupt:
-        print("qmoe-jax: interrupted; what was written so far is incomplete", file=sys.stderr)
+        print("qmoe-jax: interrupted; what was being written is incomplete", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         message = " ".join(str(error).split())

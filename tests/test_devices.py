@@ -64,3 +64,14 @@ def test_memory_is_kept_for_the_next_user_unless_the_environment_says_how(chosen
         check=True,
     )
     assert (int(done.stdout) < 1000) == (not chosen)
+
+
+def test_the_peak_is_this_process_own():
+    """A small process started by one that is made large first."""
+    script = "from qmoe_jax.runs import devices; print(devices.peak_host_bytes())"
+    held = np.ones(1 << 28)  # 2 GiB
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert 1 << 24 < int(done.stdout) < held.nbytes // 2
+    assert devices.peak_host_bytes() > held.nbytes

@@ -82,7 +82,7 @@ def test_hessians_and_outputs_against_float64(name, tokens):
     routes = Routes(chosen, prob)
     assigned = experts.assign(routes, block.config.num_experts)
     group = {name: kernel[2:5] for name, kernel in stacked.items()}
-    assert experts.run_experts(block, params, group, 2, buffer, routes, assigned) == tokens
+    experts.run_experts(block, params, group, 2, buffer, routes, assigned)
     expected = data.astype(np.float64)
     expected[rows] += prob[rows, None] * (h @ wide["wo"])
     np.testing.assert_allclose(buffer.data, expected, rtol=1e-4, atol=1e-4)

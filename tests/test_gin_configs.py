@@ -218,3 +218,12 @@ def test_library_code_knows_nothing_of_gin():
     ]
     pattern = re.compile(r"^\s*(import|from) gin\b", re.MULTILINE)
     assert [path.name for path in paths if pattern.search(path.read_text())] == ["main.py"]
+
+
+def test_the_demos_training_is_a_run_that_could_begin(monkeypatch, tmp_path, capsys):
+    """Its text is made on demand; the calibration text stands in."""
+    monkeypatch.chdir(ROOT)
+    settings = ("MODEL_DIR=" + str(tmp_path), "TRAIN_FILES=examples/demo/calibration.jsonl")
+    flags = ["--run_mode=train", "--gin_file=examples/demo/train.gin", "--dry_run"]
+    assert main.main(["qmoe-jax", *flags, *(f"--gin.{setting}" for setting in settings)]) == 0
+    assert "4,201,472 parameters" in capsys.readouterr().out

@@ -184,6 +184,14 @@ def test_training_without_validation(text, tmp_path):
     assert file["steps"] == [1]
 
 
+def test_validation_keeps_its_own_noise(text, tmp_path):
+    """Fewer masked tokens in training make shorter targets than those of validation."""
+    little = dataclasses.replace(text, noise_density=0.05)
+    run(tmp_path, little, 1)
+    losses = json.loads((tmp_path / "loss_curve.json").read_text())["validation"]["loss"]
+    assert len(losses) == 1 and np.isfinite(losses[0])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

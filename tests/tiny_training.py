@@ -18,7 +18,6 @@ from qmoe_jax.training.loss import Loss
 from qmoe_jax.training.optimizer import Optimizer
 from qmoe_jax.training.program import Recipe
 
-DEMO = pathlib.Path(__file__).parent / "data" / "text"
 MODEL = SwitchConfig(
     vocab_size=256,
     emb_dim=16,

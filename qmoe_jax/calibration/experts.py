@@ -104,7 +104,7 @@ def run_experts(
     buffer: TokenBuffer,
     routes: Routes,
     assignment: Assignment,
-) -> int:
+) -> None:
     """Adds `prob * expert(norm(x))` to the rows of a group of experts in `buffer`, in place.
 
     Args:
@@ -114,14 +114,10 @@ def run_experts(
       buffer: the residual stream after the dense part.
       routes: the probability of each row's expert.
       assignment: the rows of each expert.
-
-    Returns:
-      The number of rows.
     """
     layer = _Layer(block.config.mlp_activations, block.dtype)
     scale_D = layer_params["pre_mlp_layer_norm"]["scale"]
     running = collections.deque()
-    routed = 0
 
     def fetch():
         chunk, result = running.popleft()
@@ -129,7 +125,6 @@ def run_experts(
 
     for place in range(len(stacked["wo"])):
         rows = assignment.of(first + place)
-        routed += len(rows)
         kernels = expert_kernels(stacked, place) if len(rows) else {}
         for chunk, size in _chunks(rows):
             x_ND = jnp.asarray(buffers.read_rows(buffer.data, chunk, size))
@@ -139,7 +134,6 @@ def run_experts(
                 fetch()
     while running:
         fetch()
-    return routed
 
 
 def expert_kernels(stacked: Mapping[str, Float[Array, "E _ _"]], place: int) -> Kernels:

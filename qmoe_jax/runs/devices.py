@@ -3,6 +3,8 @@
 
 import ctypes
 import os
+import pathlib
+import re
 import resource
 import sys
 
@@ -75,6 +77,7 @@ def group_bytes(config: SwitchConfig) -> int:
     D, F = config.emb_dim, config.expert_mlp_dim
     weights = D * F * len(expert_matrices(config))
     kept = 13 * weights + 4 * (D * D + F * F)  # original, compressed, nearest, levels; Hessians
+    kept += 11 * weights  # of the group before, which is being packed: compressed, levels, words
     # Of the matrix being solved: W, W - Q, Q and the products; H in order, L, M, scaled M.
     return kept + 16 * D * F + 16 * max(D, F) ** 2
 
@@ -98,6 +101,10 @@ def keep_freed_memory() -> None:
 
 def peak_host_bytes() -> int:
     """The most resident memory that this process has had."""
+    status = pathlib.Path("/proc/self/status")
+    if status.exists():  # getrusage would begin at the peak of whoever started the process
+        (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())
+        return 1024 * int(kilobytes)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -181,7 +181,9 @@ def _validation_batches(
     samples = text.load(text_options, recipe.model.vocab_size, 0, number).validation
     if samples is None:
         return ()
-    return tuple(batches.batched(samples, recipe.batch_size, batches.lengths(text_options)))
+    # Of T5's noise, whatever that of training is: the targets have a length of their own.
+    shape = batches.lengths(text_options)._replace(targets=int(samples.decoder_lengths.max()))
+    return tuple(batches.batched(samples, recipe.batch_size, shape))
 
 
 def _training_batches(
