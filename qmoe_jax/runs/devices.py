@@ -2,8 +2,10 @@
 """What the machine at hand can hold and compute in."""
 
 import ctypes
+import hashlib
 import os
 import pathlib
+import platform
 import re
 import resource
 import sys
@@ -19,6 +21,7 @@ CPU_GROUP_BYTES = 2 << 30  # host memory that one group of experts may take on a
 DEVICE_SHARE = 0.5  # of an accelerator's memory
 KEPT_BYTES = 256 << 20  # the largest piece of memory that malloc keeps when it is freed
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # glibc: mallopt(3)
+KEPT_COMPILE_SECONDS = 0.1  # programs that took less are not worth a file
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192  # a CPU is fastest on what stays in its caches
 
 
@@ -97,6 +100,39 @@ def keep_freed_memory() -> None:
         mallopt(_ARENA_MAX, 1)
         mallopt(_MMAP_THRESHOLD, KEPT_BYTES)
         mallopt(_TRIM_THRESHOLD, KEPT_BYTES)
+
+
+def keep_compiled_programs() -> None:
+    """Lets later runs take the programs that this one compiles, from the user's cache folder.
+
+    To be called before JAX compiles. JAX's own settings (JAX_COMPILATION_CACHE_DIR and its like)
+    go first; without a home folder nothing is kept.
+    """
+    settings = {}
+    if jax.config.jax_compilation_cache_dir is None:
+        try:
+            base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        except RuntimeError:
+            return
+        folder = pathlib.Path(base, "qmoe_jax", "xla", _cpu_fingerprint())
+        settings["jax_compilation_cache_dir"] = str(folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        settings["jax_persistent_cache_min_compile_time_secs"] = KEPT_COMPILE_SECONDS
+    for name, value in settings.items():
+        jax.config.update(name, value)
+
+
+def _cpu_fingerprint() -> str:
+    """Of the instructions that programs may have been compiled to; a home may be on many machines.
+
+    JAX's own keys do not tell CPUs apart.
+    """
+    known = f"{platform.machine()} {platform.processor()}"
+    cpus = pathlib.Path("/proc/cpuinfo")
+    if cpus.exists():
+        lines = re.findall(r"^(?:flags|Features|model name)\s*:.*", cpus.read_text(), re.MULTILINE)
+        known += "".join(sorted(set(lines)))
+    return hashlib.sha256(known.encode()).hexdigest()[:16]
 
 
 def peak_host_bytes() -> int:

@@ -24,14 +24,27 @@ def expert_group(config: SwitchConfig, experts: int, tokens: int, solved: bool) 
 
     Hessians are counted for every token, as if all were calibration's.
     """
+    total = forward(config, tokens)
+    if solved:
+        total += hessians(config, tokens) + solve(config, experts)
+    return total
+
+
+def forward(config: SwitchConfig, tokens: int) -> float:
+    """Operations of `tokens` tokens through their experts."""
+    return 2.0 * config.emb_dim * config.expert_mlp_dim * _matrices(config) * tokens
+
+
+def hessians(config: SwitchConfig, tokens: int) -> float:
+    """Operations of adding tokens to the Hessians: hidden units, and a triangle each."""
     D, F = config.emb_dim, config.expert_mlp_dim
-    forward = 2.0 * D * F * _matrices(config)
-    if not solved:
-        return forward * tokens
-    inputs = _matrices(config) - 1
-    hessians = 2.0 * D * F * inputs + D * D + F * F
-    solve = 2.0 * (inputs * F * D * D + D * F * F) + (D**3 + F**3) / 3
-    return (forward + hessians) * tokens + solve * experts
+    return (2.0 * D * F * (_matrices(config) - 1) + D * D + F * F) * tokens
+
+
+def solve(config: SwitchConfig, experts: int) -> float:
+    """Operations of GPTQ, 2 x rows x columns^2 for a matrix, and of its factorizations."""
+    D, F = config.emb_dim, config.expert_mlp_dim
+    return (2.0 * ((_matrices(config) - 1) * F * D * D + D * F * F) + (D**3 + F**3) / 3) * experts
 
 
 def whole_run(
