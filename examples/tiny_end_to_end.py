@@ -1,41 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compresses a tiny Switch checkpoint on a CPU, then evaluates the original and the pack.
+"""Compresses a small trained Switch Transformer, and lets both models fill gaps in text.
 
     python examples/tiny_end_to_end.py
 
-The checkpoint was written by T5X; its weights are random, so the losses only show that all parts
-work together. It takes about a minute, most of it compilation.
+The checkpoint is in T5X's layout; `examples/demo/train.gin` trained it. On two CPU cores this takes
+about a minute.
 """
 
 import pathlib
 import shutil
 
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+import rich.text
+from flax.traverse_util import unflatten_dict
+
 import qmoe_jax
+from qmoe_jax.calibration import text as texts
+from qmoe_jax.calibration import tokenizer
+from qmoe_jax.checkpoints import source
+from qmoe_jax.inference import decoding, spans
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
-CHECKPOINT = ROOT / "tests/data/t5x/tiny_switch_base/legacy/checkpoint_500100"
+DEMO = pathlib.Path(__file__).resolve().parent / "demo"
+CHECKPOINT = DEMO / "checkpoint_9000"
+TEXT = qmoe_jax.Text(
+    sentencepiece_model_file=str(DEMO / "sentencepiece.model"),
+    files=str(DEMO / "calibration.jsonl"),
+    validation_files=str(DEMO / "heldout.jsonl"),
+    task_feature_lengths={"inputs": 64},  # as it was trained
+    document_mode="split",
+)
+SAMPLES, HELD_OUT_SAMPLES = 640, 224
 
 
-def main(output: pathlib.Path = pathlib.Path("demo_output")) -> dict[str, float]:
+def main(
+    output: pathlib.Path = pathlib.Path("demo_output"),
+    samples: int = SAMPLES,
+    heldout_samples: int = HELD_OUT_SAMPLES,
+) -> dict[str, float]:
     """Returns the losses: original, round-to-nearest, compressed, and the pack evaluated."""
-    text = qmoe_jax.Text(
-        sentencepiece_model_file=str(ROOT / "tests/data/text/sentencepiece.model"),
-        files=str(ROOT / "tests/data/text/calibration.jsonl"),
-        validation_files=str(ROOT / "tests/data/text/heldout.jsonl"),
-        task_feature_lengths={"inputs": 256},
-    )
     shutil.rmtree(output, ignore_errors=True)
     report = qmoe_jax.compress(
         str(CHECKPOINT),
         str(output),
-        text,
-        num_samples=256,
-        num_validation_samples=32,
+        TEXT,
+        num_samples=samples,
+        num_validation_samples=heldout_samples,
         compare_round_to_nearest=True,
     )
-    again = qmoe_jax.evaluate(str(output), text, num_validation_samples=32)
+    again = qmoe_jax.evaluate(str(output), TEXT, num_validation_samples=heldout_samples)
     print(f"the pack in {output}: loss {again['loss']:.4f}, as its compression reported")
+    show_spans(output, heldout_samples, number=3)
     return {**report.losses, "evaluated": again["loss"]}
+
+
+def show_spans(packed: pathlib.Path, heldout_samples: int, number: int) -> None:
+    """Prints some held-out text with its gaps as they were, and as both models fill them."""
+    vocabulary = tokenizer.load_tokenizer(TEXT.sentencepiece_model_file)
+    config = source.open_source(CHECKPOINT).config
+    heldout = texts.load(TEXT, config.vocab_size, 0, heldout_samples).validation
+    assert heldout is not None
+    chosen = list(heldout)[:: heldout_samples // number][:number]
+    inputs = padded([sample.encoder_input_tokens for sample in chosen])
+    length = max(len(sample.decoder_target_tokens) for sample in chosen)
+    filled = {"as written": [sample.decoder_target_tokens for sample in chosen]}
+    for name, path in (("original", CHECKPOINT), ("compressed", packed)):
+        params = source.all_params(source.open_source(path))
+        nested = unflatten_dict({key: jnp.asarray(a) for key, a in params.items()}, sep="/")
+        filled[name] = list(decoding.greedy(config, nested, inputs, length))
+    table = rich.table.Table("", "gaps in held-out text", title="Gaps filled", show_lines=True)
+    for i, sample in enumerate(chosen):
+        for name, targets in filled.items():
+            text = spans.filled(sample.encoder_input_tokens, targets[i], vocabulary)
+            table.add_row(name, rich.text.Text(text))
+    rich.console.Console().print(table)
+
+
+def padded(rows: list[np.ndarray]) -> np.ndarray:
+    """Token ids of all rows, int32 [rows, longest], padded with 0."""
+    inputs = np.zeros((len(rows), max(map(len, rows))), np.int32)
+    for row, tokens in zip(inputs, rows, strict=True):
+        row[: len(tokens)] = tokens
+    return inputs
 
 
 if __name__ == "__main__":

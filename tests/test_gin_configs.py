@@ -220,10 +220,13 @@ def test_library_code_knows_nothing_of_gin():
     assert [path.name for path in paths if pattern.search(path.read_text())] == ["main.py"]
 
 
-def test_the_demos_training_is_a_run_that_could_begin(monkeypatch, tmp_path, capsys):
-    """Its text is made on demand; the calibration text stands in."""
+@pytest.mark.parametrize("file", ["train_short.gin", "train.gin"])
+def test_the_demos_training_is_a_run_that_could_begin(file, monkeypatch, tmp_path, capsys):
+    """Its text and the first steps' checkpoint are made on demand: others stand in."""
     monkeypatch.chdir(ROOT)
-    settings = ("MODEL_DIR=" + str(tmp_path), "TRAIN_FILES=examples/demo/calibration.jsonl")
-    flags = ["--run_mode=train", "--gin_file=examples/demo/train.gin", "--dry_run"]
+    settings = [f"MODEL_DIR={tmp_path}", "TRAIN_FILES=examples/demo/calibration.jsonl"]
+    if file == "train.gin":
+        settings.append("INITIAL_CHECKPOINT_PATH=None")
+    flags = ["--run_mode=train", f"--gin_file=examples/demo/{file}", "--dry_run"]
     assert main.main(["qmoe-jax", *flags, *(f"--gin.{setting}" for setting in settings)]) == 0
     assert "4,201,472 parameters" in capsys.readouterr().out
