@@ -49,6 +49,7 @@ PUBLISHED = SwitchConfig(
     decoder_sparse_layers=(1,),
     num_experts=16,
 )
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # or taken from the cache
 CALIBRATION, VALIDATION = 256, 16  # samples
 LENGTHS = {"encoder": 508, "decoder": 113}  # tokens of each
 
@@ -77,9 +78,14 @@ def benchmark_walk() -> None:
     """
     matmul = large_matmul()
     rates = [2.0 * 4096**3 / seconds(matmul) for _ in range(4)][1:]
+    compiling = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, took, **_: compiling.append(took) if event == COMPILE_EVENT else None
+    )
     float32 = np.dtype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = t5x_writer.save(folder, random_params(PUBLISHED), step=0)
+        compiling.clear()
         start = time.perf_counter()
         report = compress.compress_samples(
             source.open_source(path),
@@ -93,12 +99,13 @@ def benchmark_walk() -> None:
             dry_run=False,
             console=rich.console.Console(),
         )
-        spent = time.perf_counter() - start
+        spent, compiled = time.perf_counter() - start, sum(compiling)
     rates += [2.0 * 4096**3 / seconds(matmul) for _ in range(3)]
     rate = statistics.median(rates)
     ideal = PUBLISHED_OPERATIONS / rate
     print(f"matmul {rate / 1e9:.0f} GF/s: 11.3 TFLOP are {ideal:.1f} s; {spent:.1f} s wall")
-    print(f"{spent / ideal:.2f} times that; peak {devices.peak_host_bytes() / 1e9:.2f} GB")
+    peak = devices.peak_host_bytes() / 1e9
+    print(f"{spent / ideal:.2f} times that; {compiled:.1f} s compiling; peak {peak:.2f} GB")
     counted = operations(PUBLISHED)
     print(f"{'phase':24} {'time':>9} {'of all':>7} {'matmul rate':>12}")
     for phase, phase_seconds in sorted(report.seconds.items(), key=lambda item: -item[1]):
