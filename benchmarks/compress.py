@@ -79,9 +79,12 @@ def benchmark_walk() -> None:
     matmul = large_matmul()
     rates = [2.0 * 4096**3 / seconds(matmul) for _ in range(4)][1:]
     compiling = []
-    jax.monitoring.register_event_duration_secs_listener(
-        lambda event, took, **_: compiling.append(took) if event == COMPILE_EVENT else None
-    )
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILE_EVENT:
+            compiling.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     float32 = np.dtype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = t5x_writer.save(folder, random_params(PUBLISHED), step=0)

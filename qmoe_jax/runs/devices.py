@@ -109,7 +109,7 @@ def keep_compiled_programs() -> None:
     go first; without a home folder nothing is kept.
     """
     settings = {}
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         try:
             base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
         except RuntimeError:
