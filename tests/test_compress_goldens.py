@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The published code's results on a small trained model: its weights, levels and losses.
 
-`data/qmoe/trained` holds that model as a T5X parameter tree, its token data, and for each mode the
-dequantized weights and the validation loss that the published code gave in float32.
+`data/qmoe/trained` holds that model as Hugging Face transformers saved it, its token data, and for
+each mode the dequantized weights and the validation loss that the published code gave in float32.
 """
 
 import io
@@ -13,7 +13,7 @@ import rich.console
 
 from qmoe_jax.calibration import data
 from qmoe_jax.calibration.text import Samples
-from qmoe_jax.checkpoints import source, t5x_writer
+from qmoe_jax.checkpoints import source
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.runs import compress
 from qmoe_jax.runs.groups import Formats
@@ -33,13 +33,6 @@ def trained(data_dir):
 
 
 @pytest.fixture(scope="module")
-def checkpoint(trained, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    with np.load(trained / "params.npz") as params:
-        return t5x_writer.save(folder, dict(params), step=1)
-
-
-@pytest.fixture(scope="module")
 def samples(trained):
     """The published decoder sequence is fed whole; ours ends one token earlier, at its target."""
     tokens = np.load(trained / "tokens.npz")
@@ -54,9 +47,9 @@ def samples(trained):
     )
 
 
-def run(checkpoint, samples, folder, quantizer, **compute):
+def run(trained, samples, folder, quantizer, **compute):
     return compress.compress_samples(
-        source.open_source(checkpoint),
+        source.open_source(trained),
         samples,
         str(folder),
         quantizer=quantizer,
@@ -70,8 +63,8 @@ def run(checkpoint, samples, folder, quantizer, **compute):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_weights_and_losses_of_the_published_code(mode, trained, checkpoint, samples, tmp_path):
-    report = run(checkpoint, samples, tmp_path / "out", MODES[mode])
+def test_weights_and_losses_of_the_published_code(mode, trained, samples, tmp_path):
+    report = run(trained, samples, tmp_path / "out", MODES[mode])
     golden = np.load(trained / f"{mode}.npz")
     packed = source.open_source(tmp_path / "out")
     equal, total = 0, 0

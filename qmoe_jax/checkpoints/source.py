@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pallas_kernels.packed import PackedExperts, UniformExperts
-from qmoe_jax.checkpoints import packed, t5x, t5x_experts
+from qmoe_jax.checkpoints import huggingface, packed, t5x, t5x_experts
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
@@ -32,7 +32,7 @@ class Source:
     """
 
     path: str
-    format: str  # "t5x" or "packed"
+    format: str  # "t5x", "huggingface" or "packed"
     config: SwitchConfig
     step: int | None
     nbytes: int  # of all parameters as stored
@@ -46,18 +46,20 @@ def open_source(
     memory_budget: int = 4 << 30,
     scratch_dir: pathlib.Path | None = None,
 ) -> Source:
-    """Opens a T5X checkpoint or a packed store, whichever lies at `path`.
+    """Opens a T5X checkpoint, a Hugging Face folder or a packed store, whichever lies at `path`.
 
     Args:
       path: a folder; of T5X checkpoints the step's folder, or the one that holds the steps.
       memory_budget, scratch_dir: see `t5x_experts.expert_groups`.
 
     Raises:
-      CheckpointError: it is neither, or it is damaged.
+      CheckpointError: it is none of them, or it is damaged.
       ValueError: its parameters are not those of a Switch Transformer.
     """
     if packed.is_packed(pathlib.Path(path)):
         return _packed_source(packed.open_checkpoint(pathlib.Path(path)))
+    if huggingface.is_huggingface(pathlib.Path(path)):
+        return _huggingface_source(huggingface.open_checkpoint(pathlib.Path(path)))
     checkpoint = t5x.open_checkpoint(path)
     config = configs.config_from_shapes(t5x.shapes(checkpoint))
     t5x.open_arrays(checkpoint, list(checkpoint.leaves))  # a missing array shows now, not in hours
@@ -136,6 +138,18 @@ def check_finite(source: Source, params: Mapping[str, np.ndarray], prefix: str =
                 f"`{prefix}{name}` of {source.path} holds NaN or infinity: the checkpoint is "
                 "damaged, copy or convert it again."
             )
+
+
+def _huggingface_source(checkpoint: huggingface.HfCheckpoint) -> Source:
+    return Source(
+        path=str(checkpoint.path),
+        format="huggingface",
+        config=checkpoint.config,
+        step=None,
+        nbytes=checkpoint.nbytes,
+        read=functools.partial(huggingface.read, checkpoint),
+        expert_groups=functools.partial(huggingface.expert_groups, checkpoint),
+    )
 
 
 def _packed_source(checkpoint: PackedCheckpoint) -> Source:

@@ -156,7 +156,7 @@ def _check_same(folder: pathlib.Path, saved: Mapping[str, Any], now: Mapping[str
 
 def _open_initial(path: str, model: SwitchConfig) -> Source:
     opened = source.open_source(path)
-    if opened.format != "t5x":
+    if opened.format == "packed":
         raise ValueError(
             f"INITIAL_CHECKPOINT_PATH {path} is a packed checkpoint; expected one of T5X's"
         )
