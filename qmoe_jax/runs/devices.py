@@ -19,7 +19,7 @@ from qmoe_jax.models.config import SwitchConfig, expert_matrices
 
 CPU_GROUP_BYTES = 2 << 30  # host memory that one group of experts may take on a CPU
 DEVICE_SHARE = 0.5  # of an accelerator's memory
-KEPT_BYTES = 256 << 20  # the largest piece of memory that malloc keeps when it is freed
+KEPT_BYTES = 1 << 30  # the largest piece of memory that malloc keeps when it is freed
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # glibc: mallopt(3)
 KEPT_COMPILE_SECONDS = 0.1  # programs that took less are not worth a file
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192  # a CPU is fastest on what stays in its caches
