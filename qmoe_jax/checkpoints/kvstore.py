@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directories as TensorStore key-value stores: local paths and URLs take one road."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import tensorstore as ts
 
@@ -65,6 +67,28 @@ def list_files(store: ts.KvStore, prefix: str) -> list[str]:
         keys = store.list(ts.KvStore.KeyRange(prefix, end)).result()
     except FAILURES as error:
         raise CheckpointError(
-            f"cannot list {store.path}: {error}. Give the directory of one step instead."
+            f"cannot list {store.url}: {error}. Give the directory of one step instead."
         ) from error
     return [key.decode("utf-8", errors="replace") for key in keys]
+
+
+def open_zarr(store: ts.KvStore, directory: str) -> ts.Future[ts.TensorStore]:
+    """Begins to open the zarr v2 array below `directory` (with its final slash) for reading."""
+    # A missing chunk must fail: zarr's rule would read it as zeros.
+    spec = {"driver": "zarr", "fill_missing_data_reads": False}
+    return ts.open(spec, kvstore=store / directory, open=True, read=True)
+
+
+@contextlib.contextmanager
+def explained(path: str, name: str) -> Iterator[None]:
+    """Turns what TensorStore raises inside into a `CheckpointError` about array `name`."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except FAILURES as error:
+        raise CheckpointError(
+            f"cannot read `{name}` of {path}: {error}. The copy is incomplete or damaged: copy "
+            "that array's directory again (with its dotfile `.zarray`), or the whole folder where "
+            "a `manifest.ocdbt` lies (over HTTP the latter needs a server that honours ranges)."
+        ) from error

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads checkpoints of the classic T5X layout (T5X: t5x/checkpoints.py).
+"""Reads T5X checkpoints of every layout (T5X: t5x/checkpoints.py).
 
-`checkpoint_{step}/checkpoint` is one msgpack file: a tree whose leaves are inline arrays or point
-to zarr v2 arrays in directories beside it. Opening reads that file alone.
+Classic: `checkpoint_{step}/checkpoint` is one msgpack file, a tree whose leaves are inline arrays
+or point to zarr v2 arrays in directories beside it; opening reads that file alone. What Orbax wrote
+for T5X lies one folder deeper, in `state/`; see `t5x_orbax`.
 """
 
-import contextlib
 import dataclasses
 import difflib
 import math
@@ -13,17 +13,15 @@ import os
 import re
 import reprlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorstore as ts
 from jaxtyping import Shaped
 
-from qmoe_jax.checkpoints import kvstore, t5x_msgpack, t5x_tree
+from qmoe_jax.checkpoints import kvstore, t5x_msgpack, t5x_orbax, t5x_tree
 from qmoe_jax.checkpoints.errors import CheckpointError
 
-_ORBAX = ("_CHECKPOINT_METADATA", "_METADATA", "manifest.ocdbt")
-_ORBAX_FILES = [folder + name for folder in ("", "state/") for name in _ORBAX]
 _MAX_SLACK = 1 << 30  # bytes by which one chunk may exceed its whole array
 
 
@@ -33,48 +31,68 @@ class T5xCheckpoint:
 
     path: str  # the step's directory or URL
     step: int | None
-    version: int
+    version: int  # 3 also stands for Orbax, which has none and keeps dtypes as they are
+    store: ts.KvStore.Spec  # in which the leaves' directories lie
     leaves: Mapping[str, t5x_tree.Leaf]  # "encoder/layers_1/mlp/expert/wi/kernel" -> leaf
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> T5xCheckpoint:
-    """Reads a checkpoint's msgpack file and no array.
+    """Reads a checkpoint's index and no array; the layout shows by its files.
+
+    Where Orbax wrote, the index knows no shapes: they come from each array's own metadata.
 
     Args:
-      path: directory of a step, or the directory above it, whose newest step is then taken; local
-        or a URL that TensorStore can open.
+      path: directory of a step (or its `state`), or the directory above it, whose newest step is
+        then taken; local or a URL that TensorStore can open.
 
     Raises:
       CheckpointError: nothing there, another format, or a malformed file.
     """
     location = kvstore.location(path)
     store = kvstore.open_store(location)
-    content, *orbax = kvstore.read_files(store, ["checkpoint", *_ORBAX_FILES])
-    if any(found is not None for found in orbax):
-        raise CheckpointError(f"{location} is {t5x_tree.ORBAX}")
-    if content is None:
+    layout = t5x_orbax.find_layout(store, location)
+    if layout is None:
         return open_checkpoint(f"{location}/checkpoint_{_newest_step(store, location)}")
+    step, version, entries = _read_index(layout, location)
+    leaves = t5x_orbax.resolve(layout.arrays, entries, location)
+    return T5xCheckpoint(
+        location, step, version, layout.arrays.spec(), types.MappingProxyType(leaves)
+    )
+
+
+def _read_index(
+    layout: t5x_orbax.Layout, location: str
+) -> tuple[int | None, int, dict[str, t5x_tree.Leaf | str]]:
+    """Step, version and parameters."""
+    index = "_METADATA"
     try:
-        return _parse(location, content)
+        tree_index = t5x_orbax.read_metadata(layout.metadata)
+        if layout.content is None:
+            return _named_step(location), 3, t5x_orbax.parameters(tree_index)
+        index = "checkpoint"
+        return _parse(location, layout.content, orbax=layout.metadata is not None)
     except CheckpointError as error:
-        raise CheckpointError(f"{location}/checkpoint: {error}") from error
+        raise CheckpointError(f"{location}/{layout.folder}{index}: {error}") from error
 
 
 def _newest_step(store: ts.KvStore, location: str) -> int:
     """The largest step below a directory, of any format: an older readable one is no substitute."""
-    markers = "|".join(re.escape(name) for name in ["checkpoint", *_ORBAX_FILES])
+    markers = "|".join(re.escape(name) for name in t5x_orbax.MARKERS)
     pattern = re.compile(rf"checkpoint_(\d+)/(?:{markers})")
     matches = [pattern.fullmatch(name) for name in kvstore.list_files(store, "checkpoint_")]
     steps = [int(match[1]) for match in matches if match]
     if not steps:
         raise CheckpointError(
-            f"{location} holds neither a T5X checkpoint (a file `checkpoint`) nor directories "
-            "`checkpoint_{step}` with one; give the directory of the step."
+            f"{location} holds neither a T5X checkpoint (a file `checkpoint`, or Orbax's "
+            "`state/_METADATA`) nor directories `checkpoint_{step}` with one; give the directory "
+            "of the step."
         )
     return max(steps)
 
 
-def _parse(location: str, content: bytes) -> T5xCheckpoint:
+def _parse(
+    location: str, content: bytes, *, orbax: bool
+) -> tuple[int | None, int, dict[str, t5x_tree.Leaf | str]]:
     if content.startswith(b"model_checkpoint_path"):
         raise CheckpointError(
             "this is the index of a TensorFlow checkpoint; convert it first "
@@ -84,23 +102,26 @@ def _parse(location: str, content: bytes) -> T5xCheckpoint:
         tree = t5x_msgpack.unpack(content)
     except CheckpointError as error:
         raise CheckpointError(f"{error}; this is no T5X checkpoint, or a damaged copy.") from error
-    version = tree.get("version", 0)
+    orbax = orbax or "_optimizer" in tree  # the latter: Orbax of early 2022, without `_METADATA`
+    version = tree.get("version", 3 if orbax else 0)
     if isinstance(version, bool) or version not in (0, 2, 3):
         raise CheckpointError(
             f"version {reprlib.repr(version)}; this reader knows versions 0, 2 and 3."
         )
-    state = tree.get("optimizer") if "optimizer" in tree or version else tree
+    key = "_optimizer" if "_optimizer" in tree else "optimizer"
+    state = tree.get(key) if key in tree or (version and not orbax) else tree
     if not isinstance(state, dict) or not isinstance(state.get("target"), dict):
         raise CheckpointError("it holds no `target` parameters; is it a T5X training state?")
-    leaves = t5x_tree.parameters(state["target"], int(version))
-    step = _step(state.get("state"), location)
-    return T5xCheckpoint(location, step, int(version), types.MappingProxyType(leaves))
+    entries = t5x_tree.parameters(state["target"], int(version))
+    return _step(state.get("state"), location), int(version), entries
 
 
 def _step(state: object, location: str) -> int | None:
     """The training step: as stored, else as in the directory's name."""
     if isinstance(state, dict) and "step" in state:
         value = state["step"]
+        if isinstance(value, str) and value.startswith(t5x_tree.PLACEHOLDER):
+            return _named_step(location)
         step = t5x_msgpack.decode_array(value) if t5x_msgpack.is_array(value) else value
         if isinstance(step, np.ndarray) and step.size == 1 and step.dtype.kind in "iu":
             return int(step.item())
@@ -109,7 +130,11 @@ def _step(state: object, location: str) -> int | None:
         raise CheckpointError(
             f"its `step` is no integer: {reprlib.repr(value)}; the file is damaged."
         )
-    match = re.search(r"checkpoint_(\d+)$", location)
+    return _named_step(location)
+
+
+def _named_step(location: str) -> int | None:
+    match = re.search(r"checkpoint_(\d+)(?:/state)?$", location)
     return int(match[1]) if match else None
 
 
@@ -131,40 +156,24 @@ def find_leaf(checkpoint: T5xCheckpoint, name: str) -> t5x_tree.Leaf:
     raise CheckpointError(f"{checkpoint.path} has no parameter `{name}`.{hint}")
 
 
-@contextlib.contextmanager
-def explained(checkpoint: T5xCheckpoint, name: str) -> Iterator[None]:
-    """Turns what TensorStore raises inside into a `CheckpointError` about parameter `name`."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except kvstore.FAILURES as error:
-        raise CheckpointError(
-            f"cannot read `{name}` of {checkpoint.path}: {error}. The copy is incomplete or "
-            "damaged: copy that array's directory again (with its dotfile `.zarray`)."
-        ) from error
-
-
 def open_arrays(checkpoint: T5xCheckpoint, names: Sequence[str]) -> dict[str, ts.TensorStore]:
     """Opens those of the named parameters that are zarr arrays, concurrently.
 
     An array of a version-2 file may hold uint16 where its leaf says bfloat16: the same bits.
 
     Raises:
-      CheckpointError: unknown name; `.zarray` missing, malformed or unlike the msgpack's record.
+      CheckpointError: unknown name; `.zarray` missing, malformed or unlike what opening found.
     """
-    store = kvstore.open_store(checkpoint.path)
-    # A missing chunk file must fail: zarr's rule would read it as zeros.
-    spec = {"driver": "zarr", "fill_missing_data_reads": False}
+    store = ts.KvStore.open(checkpoint.store).result()
     directories = {name: find_leaf(checkpoint, name).directory for name in names}
     pending = {
-        name: ts.open(spec, kvstore=store / directory, open=True, read=True)
+        name: kvstore.open_zarr(store, directory)
         for name, directory in directories.items()
         if directory is not None
     }
     arrays = {}
     for name, future in pending.items():
-        with explained(checkpoint, name):
+        with kvstore.explained(checkpoint.path, name):
             arrays[name] = future.result()
             _check_array(arrays[name], checkpoint.leaves[name], checkpoint.version)
     return arrays
@@ -172,10 +181,10 @@ def open_arrays(checkpoint: T5xCheckpoint, names: Sequence[str]) -> dict[str, ts
 
 def _check_array(array: ts.TensorStore, leaf: t5x_tree.Leaf, version: int) -> None:
     if tuple(array.shape) != leaf.shape:
-        raise ValueError(f"`checkpoint` says shape {leaf.shape}, `.zarray` {tuple(array.shape)}")
+        raise ValueError(f"the index says shape {leaf.shape}, `.zarray` {tuple(array.shape)}")
     dtype = array.dtype.numpy_dtype
     if t5x_tree.meant_dtype(dtype, version) != leaf.dtype:
-        raise ValueError(f"`checkpoint` says dtype {leaf.dtype.name}, `.zarray` {dtype.name}")
+        raise ValueError(f"the index says dtype {leaf.dtype.name}, `.zarray` {dtype.name}")
     # TensorStore allocates a whole chunk before it looks at the file.
     chunk_bytes = math.prod(_stored_chunks(array)) * dtype.itemsize
     if chunk_bytes > math.prod(leaf.shape) * dtype.itemsize + _MAX_SLACK:
@@ -209,7 +218,7 @@ def read_many(
     """Reads several parameters concurrently, each in its stored dtype, into fresh arrays.
 
     Raises:
-      CheckpointError: unknown name; a file missing, damaged or unlike the msgpack's record.
+      CheckpointError: unknown name; a file missing, damaged or unlike what opening found.
     """
     arrays = open_arrays(checkpoint, names)
     pending = {name: array.read() for name, array in arrays.items()}
@@ -219,7 +228,7 @@ def read_many(
         if leaf.inline is not None:
             values[name] = leaf.inline.copy()
             continue
-        with explained(checkpoint, name):
+        with kvstore.explained(checkpoint.path, name):
             values[name] = pending[name].result().view(leaf.dtype)
     return values
 

@@ -23,7 +23,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Shaped
 
-from qmoe_jax.checkpoints import t5x, t5x_tree
+from qmoe_jax.checkpoints import kvstore, t5x, t5x_tree
 from qmoe_jax.checkpoints.errors import CheckpointError
 
 _IN_FLIGHT = 1 << 30  # bytes of chunks being read at one time, where the budget allows
@@ -188,7 +188,7 @@ def _read_group(
 ) -> ExpertGroup:
     arrays = {}
     for name, stack in stacks.items():
-        with t5x.explained(checkpoint, name):
+        with kvstore.explained(checkpoint.path, name):
             arrays[name] = _take(stack, kept[name], start, stop, in_flight)
     return ExpertGroup(start, stop, arrays)
 

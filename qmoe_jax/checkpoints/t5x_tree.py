@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The parameters of a T5X state dict, by path: what its msgpack says of each (T5X: checkpoints.py).
 
-A leaf is an inline array or a TensorStore spec that points to a zarr array beside the file. Of a
-spec only path, shape and dtype count: driver, bucket, chunks and compressor were the writer's.
+A leaf is an inline array, a TensorStore spec that points to a zarr array beside the file, or (where
+Orbax wrote) a placeholder that names one. Of a spec only path, shape and dtype count: driver,
+bucket, chunks and compressor were the writer's.
 """
 
 import dataclasses
@@ -16,10 +17,7 @@ import numpy as np
 from qmoe_jax.checkpoints import t5x_msgpack
 from qmoe_jax.checkpoints.errors import CheckpointError
 
-ORBAX = (
-    "an Orbax checkpoint, which this version does not read yet; save it in T5X's classic layout "
-    "(T5X: checkpoints.Checkpointer) and give that."
-)
+PLACEHOLDER = "PLACEHOLDER://"
 _NATIVE_BFLOAT16 = 3  # from this version on; before it, bfloat16 was stored as its uint16 bits
 
 
@@ -29,15 +27,17 @@ class Leaf:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    directory: str | None  # of its zarr array, relative to the checkpoint's; None if inline
+    directory: str | None  # of its zarr array, within the checkpoint's store; None if inline
     inline: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
 
-def parameters(tree: dict[str, Any], version: int) -> dict[str, Leaf]:
+def parameters(tree: dict[str, Any], version: int) -> dict[str, Leaf | str]:
     """The leaves of a `target` tree as msgpack gave it, by path such as `encoder/.../kernel`.
 
+    Of a placeholder only the zarr array's directory is known; it stands for the leaf.
+
     Raises:
-      CheckpointError: a leaf is malformed, or is Orbax's.
+      CheckpointError: a leaf is malformed.
     """
     return {name: _leaf(name, value, version) for name, value in _flatten(tree)}
 
@@ -51,13 +51,14 @@ def _flatten(tree: dict[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield name, value
             else:
                 prefix = name and f"{name}/"
-                pending.append(iter([(f"{prefix}{_key(k)}", v) for k, v in value.items()]))
+                pending.append(iter([(f"{prefix}{checked_key(k)}", v) for k, v in value.items()]))
                 break
         else:
             pending.pop()
 
 
-def _key(key: object) -> str:
+def checked_key(key: object) -> str:
+    """One component of a parameter's path."""
     if not isinstance(key, str) or not key or "/" in key:
         raise CheckpointError(f"unusable parameter name {reprlib.repr(key)}; the file is damaged.")
     return key
@@ -67,10 +68,10 @@ def _is_spec(value: dict[str, Any]) -> bool:
     return value.keys() >= {"driver", "kvstore", "metadata"}
 
 
-def _leaf(name: str, value: Any, version: int) -> Leaf:
-    if isinstance(value, str) and value.startswith("PLACEHOLDER://"):
-        raise CheckpointError(f"its arrays are placeholders: this is {ORBAX}")
+def _leaf(name: str, value: Any, version: int) -> Leaf | str:
     try:
+        if isinstance(value, str) and value.startswith(PLACEHOLDER):
+            return inner_directory(value.removeprefix(PLACEHOLDER))
         if t5x_msgpack.is_array(value):
             inline = t5x_msgpack.decode_array(value)
             inline = inline.view(meant_dtype(inline.dtype, version))
@@ -98,9 +99,15 @@ def _spec_leaf(spec: dict[str, Any], version: int) -> Leaf:
     if "transform" in spec:
         raise CheckpointError("its TensorStore spec has a `transform`, which T5X never writes")
     path = store.get("path", spec.get("path"))  # TensorStore before 0.1.14 wrote it at the top
+    directory = inner_directory(path)
+    dtype = t5x_msgpack.parse_dtype(spec.get("dtype", metadata.get("dtype")))
+    shape = t5x_msgpack.parse_shape(metadata.get("shape"))
+    return Leaf(shape, meant_dtype(dtype, version), directory)
+
+
+def inner_directory(path: object) -> str:
+    """A path below the checkpoint's, with a final slash; nothing that could lead out of it."""
     parts = path.removesuffix("/").split("/") if isinstance(path, str) else [""]
     if any(part in ("", ".", "..") or "\0" in part for part in parts):
         raise CheckpointError(f"its path {reprlib.repr(path)} does not lie within the checkpoint")
-    dtype = t5x_msgpack.parse_dtype(spec.get("dtype", metadata.get("dtype")))
-    shape = t5x_msgpack.parse_shape(metadata.get("shape"))
-    return Leaf(shape, meant_dtype(dtype, version), "/".join(parts) + "/")
+    return "/".join(parts) + "/"
