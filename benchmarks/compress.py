@@ -28,7 +28,7 @@ from qmoe_jax.calibration import data
 from qmoe_jax.calibration.text import Samples
 from qmoe_jax.checkpoints import source, t5x_writer
 from qmoe_jax.models import config as configs
-from qmoe_jax.models.config import STACKS, SwitchConfig
+from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.runs import compress, devices, work
@@ -51,7 +51,7 @@ PUBLISHED = SwitchConfig(
 )
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"  # or taken from the cache
 CALIBRATION, VALIDATION = 256, 16  # samples
-LENGTHS = {"encoder": 508, "decoder": 113}  # tokens of each
+LENGTHS: dict[Stack, int] = {"encoder": 508, "decoder": 113}  # tokens of each
 
 
 def main() -> None:
@@ -127,15 +127,13 @@ def operations(config: SwitchConfig) -> dict[str, float]:
     width = config.num_heads * config.head_dim
     counted = {"dense part": 0.0, "Hessians": 0.0, "expert forward": 0.0}
     for stack in STACKS:
-        length, keys = LENGTHS[stack], LENGTHS["encoder"]
+        length = LENGTHS[stack]
         sparse_layers = configs.sparse_layers(config, stack)
-        scores = 4.0 * width * length * length
-        if stack == "decoder":  # attends to the encoder too, whose keys and values it makes
-            scores += 4.0 * width * length * keys
-            scores += 4.0 * config.emb_dim * width * (keys - length)
+        attended = length + (LENGTHS["encoder"] if stack == "decoder" else 0)
+        scores = 4.0 * width * length * attended
         for layer in range(configs.num_layers(config, stack)):
             sparse = layer in sparse_layers
-            one = work.dense_part(config, stack, sparse, length) + scores
+            one = work.dense_part(config, stack, sparse, LENGTHS) + scores
             counted["dense part"] += sequences * one
             if sparse:
                 last = (stack, layer) == configs.last_sparse_layer(config)

@@ -11,7 +11,6 @@ import pathlib
 import shutil
 
 import jax.numpy as jnp
-import numpy as np
 import rich.console
 import rich.table
 import rich.text
@@ -22,6 +21,7 @@ from qmoe_jax.calibration import text as texts
 from qmoe_jax.calibration import tokenizer
 from qmoe_jax.checkpoints import source
 from qmoe_jax.inference import decoding, spans
+from qmoe_jax.training import batches
 
 DEMO = pathlib.Path(__file__).resolve().parent / "demo"
 CHECKPOINT = DEMO / "checkpoint_9000"
@@ -63,7 +63,8 @@ def show_spans(packed: pathlib.Path, heldout_samples: int, number: int) -> None:
     heldout = texts.load(TEXT, config.vocab_size, 0, heldout_samples).validation
     assert heldout is not None
     chosen = list(heldout)[:: heldout_samples // number][:number]
-    inputs = padded([sample.encoder_input_tokens for sample in chosen])
+    rows = [sample.encoder_input_tokens for sample in chosen]
+    inputs = batches.padded(rows, number, max(map(len, rows)))
     length = max(len(sample.decoder_target_tokens) for sample in chosen)
     filled = {"as written": [sample.decoder_target_tokens for sample in chosen]}
     for name, path in (("original", CHECKPOINT), ("compressed", packed)):
@@ -76,14 +77,6 @@ def show_spans(packed: pathlib.Path, heldout_samples: int, number: int) -> None:
             text = spans.filled(sample.encoder_input_tokens, targets[i], vocabulary)
             table.add_row(name, rich.text.Text(text))
     rich.console.Console().print(table)
-
-
-def padded(rows: list[np.ndarray]) -> np.ndarray:
-    """Token ids of all rows, int32 [rows, longest], padded with 0."""
-    inputs = np.zeros((len(rows), max(map(len, rows))), np.int32)
-    for row, tokens in zip(inputs, rows, strict=True):
-        row[: len(tokens)] = tokens
-    return inputs
 
 
 if __name__ == "__main__":

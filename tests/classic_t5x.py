@@ -62,3 +62,11 @@ def file_reads() -> int:
     """Files that tensorstore has read in this process."""
     metrics = ts.experimental_collect_matching_metrics("/tensorstore/kvstore/file/read")
     return sum(m["values"][0]["value"] for m in metrics if m["name"].endswith("/read"))
+
+
+def write_files(directory: pathlib.Path, files: dict[str, bytes]) -> None:
+    """Files of any content, by their paths below `directory`."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)

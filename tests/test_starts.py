@@ -9,7 +9,7 @@ import pytest
 import tiny_switch
 import tiny_training
 
-from qmoe_jax.checkpoints import t5x_writer
+from qmoe_jax.checkpoints import huggingface_writer, source, t5x_writer
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.runs import saves, starts
 from qmoe_jax.runs.starts import Start
@@ -117,10 +117,18 @@ def test_earlier_checkpoints_are_not(tmp_path):
     assert find(tmp_path) == Start(0, 4, True)
 
 
-def test_the_parameters_of_a_checkpoint(tmp_path):
-    built = build(model=tiny_switch.config("tiny_switch_base"))
-    start = Start(500100, 500100, False)
-    state = starts.first_state(built, tmp_path, start, str(CHECKPOINT))
+@pytest.mark.parametrize("format", ["t5x", "huggingface"])
+def test_the_parameters_of_a_checkpoint(format, tmp_path):
+    """A Hugging Face folder knows no step: its training begins at 0."""
+    model = tiny_switch.config("tiny_switch_base")
+    initial, step = CHECKPOINT, 500100
+    if format == "huggingface":
+        opened = source.open_source(CHECKPOINT)
+        initial, step = huggingface_writer.save(tmp_path / "hf", opened, "float32"), 0
+    built = build(model=model)
+    start = find(tmp_path, initial=str(initial), model=model)
+    assert start == Start(step, step, False)
+    state = starts.first_state(built, tmp_path, start, str(initial))
     expected = tiny_switch.params("tiny_switch_base")
     jax.tree.map(np.testing.assert_array_equal, state.params, expected)
     assert int(state.updates) == 0

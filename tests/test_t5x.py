@@ -17,7 +17,15 @@ import msgpack
 import numpy as np
 import numpy.typing as npt
 import pytest
-from classic_t5x import GZIP, ZSTD, array_spec, write_array, write_checkpoint, write_msgpack
+from classic_t5x import (
+    GZIP,
+    ZSTD,
+    array_spec,
+    write_array,
+    write_checkpoint,
+    write_files,
+    write_msgpack,
+)
 
 from qmoe_jax.checkpoints import t5x
 from qmoe_jax.checkpoints.errors import CheckpointError
@@ -210,10 +218,7 @@ def test_over_http(tmp_path):
     ],
 )
 def test_other_things_than_checkpoints(files, message, tmp_path):
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    write_files(tmp_path, files)
     with pytest.raises(CheckpointError, match=message) as caught:
         t5x.open_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)

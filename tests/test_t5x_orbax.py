@@ -17,7 +17,7 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
-from classic_t5x import ZSTD, write_array
+from classic_t5x import ZSTD, write_array, write_files
 
 from qmoe_jax.checkpoints import source, t5x
 from qmoe_jax.checkpoints.errors import CheckpointError
@@ -245,10 +245,7 @@ def placeholder(value):
     ],
 )
 def test_other_things_than_checkpoints(files, message, tmp_path):
-    for name, content in files.items():
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+    write_files(tmp_path, files)
     with pytest.raises(CheckpointError, match=message) as caught:
         t5x.open_checkpoint(tmp_path)
     assert str(tmp_path) in str(caught.value)

@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
-from qmoe_jax.checkpoints import huggingface, safetensors, source
+from qmoe_jax.checkpoints import array_files, huggingface, safetensors, source
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.models import config as configs
@@ -211,12 +211,10 @@ def _tensors(checkpoint: Source) -> Iterator[tuple[str, Shaped[np.ndarray, "..."
 
 def _read_together(config: SwitchConfig) -> Iterator[list[str]]:
     """T5X paths of all that are no experts: those outside of all layers, then layer by layer."""
-    yield [path for path in configs.param_shapes(config) if "/layers_" not in path]
+    yield configs.outer_paths(config)
     for stack in STACKS:
         for layer in range(configs.num_layers(config, stack)):
-            names = configs.layer_shapes(config, stack, layer)
-            prefix = f"{stack}/layers_{layer}/"
-            yield [prefix + name for name in names if not name.startswith("mlp/expert/")]
+            yield configs.dense_paths(config, stack, layer)
 
 
 def _hf_names(path: str) -> tuple[str, ...]:
@@ -230,7 +228,4 @@ def _sparse(config: SwitchConfig) -> list[tuple[Stack, int]]:
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    array_files.write_text(path, json.dumps(value, indent=2) + "\n")

@@ -3,6 +3,9 @@
 
 Format: https://github.com/huggingface/safetensors#format. Nothing but the header is read until a
 tensor is asked for, and every place that the header names is checked against the file.
+
+The library of that name maps files into memory, so that one which becomes shorter would end the
+process, and takes a whole file's tensors at once to write: hence this module.
 """
 
 import contextlib

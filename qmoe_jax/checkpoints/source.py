@@ -94,19 +94,13 @@ def open_source(
 
 def layer_params(source: Source, stack: Stack, layer: int) -> dict[str, np.ndarray]:
     """The parameters of one layer that are no experts, by their paths below the layer."""
-    prefix = f"{stack}/layers_{layer}/"
-    names = [
-        prefix + name
-        for name in configs.layer_shapes(source.config, stack, layer)
-        if not name.startswith("mlp/expert/")
-    ]
-    return {name.removeprefix(prefix): array for name, array in source.read(names).items()}
+    read = source.read(configs.dense_paths(source.config, stack, layer))
+    return {name.removeprefix(f"{stack}/layers_{layer}/"): array for name, array in read.items()}
 
 
 def outer_params(source: Source) -> dict[str, np.ndarray]:
     """The parameters outside of all layers, by their T5X paths."""
-    names = [name for name in configs.param_shapes(source.config) if "/layers_" not in name]
-    return dict(source.read(names))
+    return dict(source.read(configs.outer_paths(source.config)))
 
 
 def all_params(source: Source) -> dict[str, np.ndarray]:

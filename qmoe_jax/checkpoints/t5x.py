@@ -32,7 +32,7 @@ class T5xCheckpoint:
     path: str  # the step's directory or URL
     step: int | None
     version: int  # 3 also stands for Orbax, which has none and keeps dtypes as they are
-    store: ts.KvStore.Spec  # in which the leaves' directories lie
+    store: ts.KvStore  # in which the leaves' directories lie; it caches what it reads of an index
     leaves: Mapping[str, t5x_tree.Leaf]  # "encoder/layers_1/mlp/expert/wi/kernel" -> leaf
 
 
@@ -55,9 +55,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> T5xCheckpoint:
         return open_checkpoint(f"{location}/checkpoint_{_newest_step(store, location)}")
     step, version, entries = _read_index(layout, location)
     leaves = t5x_orbax.resolve(layout.arrays, entries, location)
-    return T5xCheckpoint(
-        location, step, version, layout.arrays.spec(), types.MappingProxyType(leaves)
-    )
+    return T5xCheckpoint(location, step, version, layout.arrays, types.MappingProxyType(leaves))
 
 
 def _read_index(
@@ -164,10 +162,9 @@ def open_arrays(checkpoint: T5xCheckpoint, names: Sequence[str]) -> dict[str, ts
     Raises:
       CheckpointError: unknown name; `.zarray` missing, malformed or unlike what opening found.
     """
-    store = ts.KvStore.open(checkpoint.store).result()
     directories = {name: find_leaf(checkpoint, name).directory for name in names}
     pending = {
-        name: kvstore.open_zarr(store, directory)
+        name: kvstore.open_zarr(checkpoint.store, directory)
         for name, directory in directories.items()
         if directory is not None
     }

@@ -112,6 +112,19 @@ def layer_shapes(config: SwitchConfig, stack: Stack, layer: int) -> dict[str, Sh
     return shapes
 
 
+def outer_paths(config: SwitchConfig) -> list[str]:
+    """T5X paths of the parameters outside of all layers."""
+    return [path for path in param_shapes(config) if "/layers_" not in path]
+
+
+def dense_paths(config: SwitchConfig, stack: Stack, layer: int) -> list[str]:
+    """T5X paths of one layer's parameters that are no experts."""
+    shapes = layer_shapes(config, stack, layer)
+    return [
+        f"{stack}/layers_{layer}/{name}" for name in shapes if not name.startswith("mlp/expert/")
+    ]
+
+
 def param_shapes(config: SwitchConfig) -> dict[str, Shape]:
     """The whole parameter tree: T5X path without `target/` -> shape.
 

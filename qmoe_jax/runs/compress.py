@@ -272,8 +272,8 @@ def compress_block(
             if found is not None:
                 routes[t.name] = found
     where = f"{stack} block {layer + 1} of {configs.num_layers(config, stack)}"
-    tokens = sum(tracks.num_tokens(track, stack) for track in run.tracks)
-    done = work.dense_part(config, stack, block.sparse, tokens)
+    counts = tracks.num_tokens(run.tracks)
+    tokens, done = counts[stack], work.dense_part(config, stack, block.sparse, counts)
     progress.advance(run.shown, done, where, tokens, time.perf_counter() - begun)
     record = None
     if block.sparse:
@@ -395,5 +395,5 @@ def _start(run: Run, track: Track, stack: Stack, params: Params, encoded) -> Act
 
 
 def _total_work(config, followed: tuple[Track, ...]) -> float:
-    encoder, decoder = (sum(tracks.num_tokens(t, s) for t in followed) for s in STACKS)
-    return work.whole_run(config, encoder, decoder, any(t.name == CALIBRATION for t in followed))
+    solved = any(track.name == CALIBRATION for track in followed)
+    return work.whole_run(config, tracks.num_tokens(followed), solved)

@@ -89,8 +89,8 @@ def keep_freed_memory() -> None:
     """Lets malloc keep what one batch frees for the next; to be called before JAX starts threads.
 
     glibc would give large pieces back, and the kernel would zero them again, page by page: measured
-    at a twentieth of a compression's time on a CPU. Changes nothing on other systems, nor where
-    the environment sets MALLOC_* or GLIBC_TUNABLES itself.
+    at a tenth of a compression's time on a CPU. Changes nothing on other systems, nor where the
+    environment sets MALLOC_* or GLIBC_TUNABLES itself.
     """
     chosen = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
     if chosen or not sys.platform.startswith("linux"):

@@ -84,9 +84,9 @@ def evaluate(
         return {}
     if eval_output_dir:
         pathlib.Path(eval_output_dir).mkdir(parents=True, exist_ok=True)
-    tokens = (int(track.samples.encoder_offsets[-1]), int(track.samples.decoder_offsets[-1]))
+    total_work = work.whole_run(config, tracks.num_tokens([track]), solved=False)
     with (
-        progress.showing(work.whole_run(config, *tokens, solved=False), console) as shown,
+        progress.showing(total_work, console) as shown,
         tracks.buffer_folder(compute.buffer_dir) as buffer_dir,
     ):
         losses = walk_blocks(checkpoint, track, dtype, compute, buffer_dir, shown)
@@ -166,7 +166,9 @@ def walk_blocks(
                 encoded=encoded,
             )
         for layer in range(configs.num_layers(config, stack)):
-            state = _walk_block(checkpoint, stack, layer, outer, state, dtype, compute, shown)
+            state = _walk_block(
+                checkpoint, track, stack, layer, outer, state, dtype, compute, shown
+            )
         with progress.timed(shown, "dense part"):
             encoded = walk.finish(outer, state, dtype)
     with progress.timed(shown, "losses"):
@@ -175,6 +177,7 @@ def walk_blocks(
 
 def _walk_block(
     checkpoint: Source,
+    track: Track,
     stack: Stack,
     layer: int,
     outer: Params,
@@ -189,9 +192,10 @@ def _walk_block(
     params = tracks.on_device(source.layer_params(checkpoint, stack, layer))
     with progress.timed(shown, "dense part"):
         routes = walk.run_block(block, outer, params, state)
-    tokens = len(state.current.data)
+    counts = tracks.num_tokens([track])
+    tokens = counts[stack]
     where = f"{stack} block {layer + 1} of {configs.num_layers(config, stack)}"
-    done = work.dense_part(config, stack, block.sparse, tokens)
+    done = work.dense_part(config, stack, block.sparse, counts)
     if routes is not None:
         with progress.timed(shown, "experts"):
             _run_experts(checkpoint, block, layer, params, state, routes, compute)

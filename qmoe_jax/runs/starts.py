@@ -158,7 +158,8 @@ def _open_initial(path: str, model: SwitchConfig) -> Source:
     opened = source.open_source(path)
     if opened.format == "packed":
         raise ValueError(
-            f"INITIAL_CHECKPOINT_PATH {path} is a packed checkpoint; expected one of T5X's"
+            f"INITIAL_CHECKPOINT_PATH {path} is a packed checkpoint; expected one of "
+            "T5X's or Hugging Face's"
         )
     found, wanted = configs.param_shapes(opened.config), configs.param_shapes(model)
     other = [name for name in {**wanted, **found} if found.get(name) != wanted.get(name)]

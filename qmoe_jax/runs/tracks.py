@@ -50,11 +50,13 @@ def make_tracks(samples: Samples, compare_round_to_nearest: bool) -> tuple[Track
     return tuple(tracks)
 
 
-def num_tokens(track: Track, stack: Stack) -> int:
-    """Tokens of all samples of a track in one stack."""
-    samples = track.samples
-    offsets = samples.encoder_offsets if stack == "encoder" else samples.decoder_offsets
-    return int(offsets[-1])
+def num_tokens(tracks: Iterable[Track]) -> dict[Stack, int]:
+    """Tokens of all samples of some tracks, in each stack."""
+    counts: dict[Stack, int] = dict.fromkeys(STACKS, 0)
+    for track in tracks:
+        counts["encoder"] += int(track.samples.encoder_offsets[-1])
+        counts["decoder"] += int(track.samples.decoder_offsets[-1])
+    return counts
 
 
 def followed(tracks: Iterable[Track], states: Mapping[str, Activations]) -> list[Track]:

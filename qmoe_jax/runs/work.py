@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much arithmetic each step of a run is, so that a progress bar can tell the time left."""
 
+from collections.abc import Mapping
+
 from qmoe_jax.models.config import (
     STACKS,
     Stack,
@@ -11,12 +13,16 @@ from qmoe_jax.models.config import (
 )
 
 
-def dense_part(config: SwitchConfig, stack: Stack, sparse: bool, tokens: int) -> float:
+def dense_part(
+    config: SwitchConfig, stack: Stack, sparse: bool, tokens: Mapping[Stack, int]
+) -> float:
     """Operations of one block's dense part, without the attention scores."""
-    D, width = config.emb_dim, config.num_heads * config.head_dim
-    weights = 4 * D * width * (2 if stack == "decoder" else 1)
-    weights += D * config.num_experts if sparse else D * config.mlp_dim * _matrices(config)
-    return 2.0 * weights * tokens
+    attention = config.emb_dim * config.num_heads * config.head_dim  # weights of one projection
+    inner = config.num_experts if sparse else config.mlp_dim * _matrices(config)
+    total = 2.0 * (4 * attention + config.emb_dim * inner) * tokens[stack]
+    if stack == "decoder":  # it attends to the encoder's tokens too, by keys and values of its own
+        total += 2.0 * 2 * attention * (tokens["decoder"] + tokens["encoder"])
+    return total
 
 
 def expert_group(config: SwitchConfig, experts: int, tokens: int, solved: bool) -> float:
@@ -47,17 +53,15 @@ def solve(config: SwitchConfig, experts: int) -> float:
     return (2.0 * ((_matrices(config) - 1) * F * D * D + D * F * F) + (D**3 + F**3) / 3) * experts
 
 
-def whole_run(
-    config: SwitchConfig, encoder_tokens: int, decoder_tokens: int, solved: bool
-) -> float:
+def whole_run(config: SwitchConfig, tokens: Mapping[Stack, int], solved: bool) -> float:
     """Operations of the walk over all blocks."""
     total = 0.0
-    for stack, tokens in zip(STACKS, (encoder_tokens, decoder_tokens), strict=True):
+    for stack in STACKS:
         sparse = sparse_layers(config, stack)
         for layer in range(num_layers(config, stack)):
             total += dense_part(config, stack, layer in sparse, tokens)
             if layer in sparse:
-                total += expert_group(config, config.num_experts, tokens, solved)
+                total += expert_group(config, config.num_experts, tokens[stack], solved)
     return total
 
 
