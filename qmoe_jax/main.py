@@ -19,12 +19,14 @@ import gin
 from qmoe_jax import bindings, options
 from qmoe_jax.checkpoints import array_files
 from qmoe_jax.options import Options
-from qmoe_jax.runs import compress, devices, evaluate, train
+from qmoe_jax.runs import compress, devices, evaluate, import_pack, inspect_checkpoint, train
 
-# Run mode -> function, and its parameter for the folder that config.gin goes to.
-RUN_MODES: dict[str, tuple[Callable[..., Any], str]] = {
+# Run mode -> function, and its parameter for the folder that config.gin goes to, if it has one.
+RUN_MODES: dict[str, tuple[Callable[..., Any], str | None]] = {
     "compress": (compress.compress, "output_dir"),
     "eval": (evaluate.evaluate, "eval_output_dir"),
+    "import": (import_pack.import_pack, "output_dir"),
+    "inspect": (inspect_checkpoint.inspect_checkpoint, None),
     "train": (train.train, "model_dir"),
 }
 INTERRUPTED = 130
@@ -58,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
         arguments = configure(function, given)
         dry_run = arguments["dry_run"] = given.dry_run or arguments.get("dry_run", False)
         function(**arguments)
-        if arguments.get(folder) and not dry_run:
+        if folder and arguments.get(folder) and not dry_run:
             array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
     except KeyboardInterrupt:
         print("qmoe-jax: interrupted; what was being written is incomplete", file=sys.stderr)

@@ -57,6 +57,22 @@ def test_eval_dry_run(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_import_and_inspect(tmp_path, capsys, data_dir):
+    pack = f"--gin.CHECKPOINT_PATH={data_dir / 'qmoe' / 'tiny_qmoe_ckpt'}"
+    imports = ("--run_mode=import", pack, "--gin.OUTPUT_DIR=out", "--gin.EXPERTS_PER_GROUP=4")
+    assert call("--dry_run", *imports) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert call(*imports) == 0
+    assert "EXPERTS_PER_GROUP = 4" in (tmp_path / "out" / "config.gin").read_text()
+    before = sorted(tmp_path.rglob("*"))
+    assert call("--run_mode=inspect", "--gin.CHECKPOINT_PATH=out") == 0
+    assert "2 files of up to 4 experts" in capsys.readouterr().out
+    assert sorted(tmp_path.rglob("*")) == before
+    assert call(*imports) == 1
+    assert "out holds a finished packed checkpoint" in capsys.readouterr().err
+
+
 def test_train_takes_its_model_from_a_second_file(tmp_path, capsys):
     arguments = (
         "--run_mode=train",

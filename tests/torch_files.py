@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 
 # dtype -> what torch calls its storage
-STORAGES = {"float32": "Float", "bfloat16": "BFloat16", "int16": "Short", "int64": "Long"}
+STORAGES = {
+    "float32": "Float",
+    "bfloat16": "BFloat16",
+    "int16": "Short",
+    "int32": "Int",
+    "int64": "Long",
+}
 
 
 @dataclasses.dataclass(frozen=True)

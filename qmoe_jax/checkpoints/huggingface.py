@@ -134,22 +134,44 @@ def open_checkpoint(folder: pathlib.Path) -> HfCheckpoint:
       CheckpointError: a file is missing or damaged; the model computes what T5X's Switch
         Transformers do not; a tensor is missing, left over, or of another shape than others imply.
     """
-    settings = _read_json(folder / "config.json")
-    _check_settings(folder, settings)
-    tensors = _without_copies(_open_weights(folder), settings.get("tie_word_embeddings", True))
-    params = _by_path(folder, tensors)
-    for path, stored in params.items():
-        if any(tensor.dtype not in _FLOATS for tensor in stored):
-            raise CheckpointError(
-                f"`{path}` of {folder} is {stored[0].dtype.name}; expected float32, float16 or "
-                "bfloat16: give the model as it was before it was quantized."
-            )
+    settings = read_settings(folder)
+    params = named_as_t5x(folder, settings, _open_weights(folder))
     try:
         config = configs.config_from_shapes({path: _shape(params, path) for path in params})
     except ValueError as error:
         raise CheckpointError(f"{folder}, its tensors named as in T5X: {error}") from error
     distance = settings.get("relative_attention_max_distance", config.relpos_max_distance)
     return HfCheckpoint(folder, dataclasses.replace(config, relpos_max_distance=distance), params)
+
+
+def read_settings(folder: pathlib.Path) -> dict[str, Any]:
+    """What `config.json` says.
+
+    Raises:
+      CheckpointError: it is missing or damaged, or the model computes what T5X's do not.
+    """
+    settings = _read_json(folder / "config.json")
+    _check_settings(folder, settings)
+    return settings
+
+
+def named_as_t5x(
+    folder: pathlib.Path, settings: Mapping[str, Any], tensors: Mapping[str, StoredTensor]
+) -> dict[str, tuple[StoredTensor, ...]]:
+    """The tensors of a folder by T5X path, copies of one left out; of experts one tensor each.
+
+    Raises:
+      CheckpointError: an expert is missing, or a tensor holds no floats.
+    """
+    kept = _without_copies(tensors, settings.get("tie_word_embeddings", True))
+    params = _by_path(folder, kept)
+    for path, stored in params.items():
+        if any(tensor.dtype not in _FLOATS for tensor in stored):
+            raise CheckpointError(
+                f"`{path}` of {folder} is {stored[0].dtype.name}; expected float32, float16 or "
+                "bfloat16: give the model as it was before it was quantized."
+            )
+    return params
 
 
 def read(checkpoint: HfCheckpoint, names: Sequence[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -256,7 +278,7 @@ def _check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
 def _open_weights(folder: pathlib.Path) -> dict[str, StoredTensor]:
     for name in _WEIGHTS:
         if (folder / name).exists():
-            return _open_file(folder / name)
+            return open_file(folder / name)
         index = folder / f"{name}{_INDEX}"
         if index.exists():
             return _open_shards(index)
@@ -282,7 +304,7 @@ def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
             raise CheckpointError(
                 f"{index} names the file {file}, which is not there: copy or download it too."
             )
-        found = _open_file(index.parent / file)
+        found = open_file(index.parent / file)
         for name in names:
             if name not in found:
                 raise CheckpointError(
@@ -293,7 +315,12 @@ def _open_shards(index: pathlib.Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
+def open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """The tensors of one weights file, of safetensors or torch, by their names.
+
+    Raises:
+      CheckpointError: it is missing or damaged, or holds more than tensors.
+    """
     if path.suffix == ".safetensors":
         return {
             name: StoredTensor(
@@ -313,7 +340,7 @@ def _open_file(path: pathlib.Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _without_copies(tensors: dict[str, StoredTensor], tied: bool) -> dict[str, StoredTensor]:
+def _without_copies(tensors: Mapping[str, StoredTensor], tied: bool) -> dict[str, StoredTensor]:
     """One tensor for the embedding, and one for the logits only where they have their own."""
     kept = dict(tensors)
     embeddings = [kept.pop(name) for name in EMBEDDINGS if name in kept]

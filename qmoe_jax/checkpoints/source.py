@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pallas_kernels.packed import PackedExperts, UniformExperts
-from qmoe_jax.checkpoints import huggingface, packed, t5x, t5x_experts
+from qmoe_jax.checkpoints import huggingface, packed, published, t5x, t5x_experts
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
@@ -58,6 +58,10 @@ def open_source(
     """
     if packed.is_packed(pathlib.Path(path)):
         return _packed_source(packed.open_checkpoint(pathlib.Path(path)))
+    if published.is_published(pathlib.Path(path)):
+        raise CheckpointError(
+            f"{path} is a pack of the published QMoE code: import it first (--run_mode=import)."
+        )
     if huggingface.is_huggingface(pathlib.Path(path)):
         return _huggingface_source(huggingface.open_checkpoint(pathlib.Path(path)))
     checkpoint = t5x.open_checkpoint(path)
