@@ -21,7 +21,7 @@ from typing import TypeAlias, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, BFloat16, Float, Int, UInt, UInt8, UInt16, UInt32
+from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt, UInt8, UInt16, UInt32
 
 HostOrDevice: TypeAlias = Array | np.ndarray
 Record = TypeVar("Record")
@@ -30,11 +30,12 @@ BLOCK_WORDS = 64  # unit of `expert_bases`
 MAX_NONZEROS = 3  # of one word of the "qmoe" dictionary
 CHUNK_LEVELS = 32  # columns of one group of bit planes of `UniformExperts`
 
-# One uint32 per dictionary word: 5 bits of length in weights, 2 bits of non-zero count, then three
-# 6-bit fields in column order, each a 5-bit position and a sign bit (1 = max value).
-_COUNT_SHIFT = 5
-_FIELD_SHIFT = 7
+# One uint32 per dictionary word: 5 bits of length in weights, then three 6-bit fields in column
+# order, each a 5-bit position and a sign bit (1 = max value); the topmost 2 bits count the
+# non-zeros, so that "more than f" is one comparison of the whole entry.
+_FIELD_SHIFT = 5
 _FIELD_BITS = 6
+_COUNT_SHIFT = 30
 
 
 def _register(cls: type[Record]) -> type[Record]:
@@ -160,7 +161,12 @@ def entry_length(entry: UInt32[HostOrDevice, "*n"]) -> UInt32[HostOrDevice, "*n"
 
 def entry_count(entry: UInt32[HostOrDevice, "*n"]) -> UInt32[HostOrDevice, "*n"]:
     """Number of non-zeros, 0 to 3."""
-    return (entry >> _COUNT_SHIFT) & 3
+    return entry >> _COUNT_SHIFT
+
+
+def entry_has(entry: UInt32[HostOrDevice, "*n"], field: int) -> Bool[HostOrDevice, "*n"]:
+    """Whether there is a non-zero `field` (0 to 2)."""
+    return entry >= np.uint32(field + 1 << _COUNT_SHIFT)
 
 
 def entry_nonzero(
@@ -289,6 +295,22 @@ def validate(packed: PackedExperts, entries: UInt32[np.ndarray, " words"]) -> No
     lengths = entry_length(entries).astype(np.uint8)
     for expert in range(host.shape[0]):
         _check_rows(host, expert, lengths, entries)
+
+
+def check_kernel_operands(packed: PackedExperts, entries: UInt32[HostOrDevice, " words"]) -> None:
+    """Checks what a traced program can know of a record and its table; see `validate` for the rest.
+
+    Raises:
+      ValueError: several slabs, a table of other than 65,536 words, or arrays of other sizes.
+    """
+    if packed.codes.shape[0] != 1:
+        raise ValueError(
+            f"`packed` has {packed.codes.shape[0]} slabs; expected one: call it inside `shard_map`"
+            " on `local_view(packed)`, or join the groups into one slab"
+        )
+    if entries.shape != (1 << 16,) or entries.dtype != np.uint32:
+        raise ValueError(f"`entries` must be uint32 [65536], got {entries.dtype} {entries.shape}")
+    _check_sizes(packed)
 
 
 def _check_sizes(host: PackedExperts) -> None:

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sub1_decode` as a Pallas kernel, lowered through Triton.
+
+A program is one warp and writes a few rows of one expert: first zeros, in wide stores; then, behind
+a barrier, the non-zeros, each where it belongs. The zeros that a non-zero replaces are still in the
+cache, so memory sees each line once.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt32
+
+from pallas_kernels.device import rows_of_words
+from pallas_kernels.packed import PackedExperts
+
+_CLEARED = 256  # columns a step
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "checked", "interpret"))
+def sub1_decode(
+    packed: PackedExperts,
+    entries: UInt32[Array, " words"],
+    experts: Int[Array, " n"],
+    dtype: DTypeLike,
+    *,
+    checked: bool = False,
+    interpret: bool = False,
+) -> Float[Array, "n rows columns"]:
+    """See `pallas_kernels.sub1_decode`.
+
+    Args:
+      packed, entries, experts, dtype: as there; at least one expert.
+      checked: for damaged records: touches nothing outside the arrays, and a row whose words do not
+        expand to its columns begins with NaN.
+      interpret: run on the CPU.
+    """
+    shape = rows_of_words.shape(packed)
+    inputs = (experts.astype(jnp.int32), *rows_of_words.operands(packed), entries)
+    barrier = (lambda: None) if interpret else plgpu.debug_barrier  # interpreted in order
+    return pl.pallas_call(
+        functools.partial(_kernel, packed.shape, shape, checked, barrier),
+        out_shape=jax.ShapeDtypeStruct((experts.shape[0], *packed.shape[1:]), dtype),
+        grid=(experts.shape[0], pl.cdiv(packed.shape[1], shape.rows)),
+        in_specs=[pl.BlockSpec()] * len(inputs),
+        interpret=interpret,
+        compiler_params=plgpu.CompilerParams(num_warps=1, num_stages=1),
+        name="sub1_decode",
+    )(*inputs)
+
+
+def _kernel(
+    packed_shape: tuple[int, int, int],
+    shape: rows_of_words.RowShape,
+    checked: bool,
+    barrier,
+    experts_ref,  # [n]
+    codes_ref,  # [words / 64, 64]
+    bases_ref,  # [experts]
+    starts_ref,  # [experts, rows + 1]
+    values_ref,  # [experts, rows, 2]
+    entries_ref,  # [65536]
+    out_ref,  # [n, rows, columns]
+):
+    columns = packed_shape[2]
+    n, block = pl.program_id(0), pl.program_id(1)
+    expert = experts_ref[n]
+    rows = rows_of_words.open_rows(
+        shape, packed_shape, expert, block, bases_ref, starts_ref, values_ref
+    )
+    low, high = (value.astype(out_ref.dtype) for value in (rows.low, rows.high))
+
+    def clear(i, _):
+        column = i * _CLEARED + jnp.arange(_CLEARED)
+        inside = rows.inside[:, None] & (column < columns)[None, :]
+        zeros = jnp.zeros((shape.rows, _CLEARED), out_ref.dtype)
+        plgpu.store(out_ref.at[n, rows.row[:, None], column[None, :]], zeros, mask=inside)
+
+    def step(i, place_R):
+        nonzeros, place_R = rows_of_words.read_step(
+            shape, rows, i, place_R, codes_ref, entries_ref, columns, checked
+        )
+        for column, present, is_high in nonzeros:
+            weight = jnp.where(is_high, high, low)
+            plgpu.store(out_ref.at[n, rows.row[:, None], column], weight, mask=present)
+        return place_R
+
+    jax.lax.fori_loop(0, pl.cdiv(columns, _CLEARED), clear, None)
+    barrier()
+    place_R = jnp.zeros((shape.rows,), jnp.int32)
+    place_R = jax.lax.fori_loop(0, rows_of_words.steps(shape, rows), step, place_R)
+    if checked:
+        barrier()
+        wrong_R = rows.inside & (expert < packed_shape[0]) & (place_R != columns + columns % 2)
+        nan_R = jnp.full((shape.rows,), jnp.nan, out_ref.dtype)
+        plgpu.store(out_ref.at[n, rows.row, 0], nan_R, mask=wrong_R)

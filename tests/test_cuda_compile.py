@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every kernel compiles for NVIDIA GPUs, without spills, on a machine that has none."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import testing
+from pallas_kernels.testing import Case
+from qmoe_jax.codec import dictionary
+
+if sys.platform != "linux":
+    pytest.skip("the triton package is for Linux", allow_module_level=True)
+
+from pallas_kernels import cuda_compile
+
+Shape = jax.ShapeDtypeStruct
+ENTRIES = Shape((65_536,), jnp.uint32)
+SHORT_ROWS, LONG_ROWS = Case("short", 96, 768, (1,) * 8), Case("long", 32, 3072, (1,) * 8)
+
+
+def abstract(case: Case):
+    packed = testing.random_packed(dictionary.nonzero_table(), case)
+    return jax.tree.map(lambda array: Shape(array.shape, array.dtype), packed)
+
+
+def assert_sound(kernel: cuda_compile.CompiledKernel, capability: int) -> None:
+    assert kernel.capability == capability
+    assert kernel.spilled_bytes == 0, f"{kernel.name} spills {kernel.spilled_bytes} bytes a thread"
+    assert not any(text.startswith(("STL", "LDL")) for text in kernel.instructions)
+    assert 16 <= kernel.registers <= 168
+    assert kernel.shared_bytes <= 48 << 10
+    assert any(text.startswith("EXIT") for text in kernel.instructions)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("height", [1, 8])
+@pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
+def test_sub1_matmul(case, height, capability):
+    from pallas_kernels import sub1_matmul
+    from pallas_kernels.device import sub1_matmul_pallas
+
+    tokens = case.experts * height
+
+    def run(x, packed, entries, sizes):
+        tiles = sub1_matmul.token_tiles(sizes, tokens, height)
+        return sub1_matmul_pallas.sub1_matmul(x, packed, entries, tiles, height)
+
+    x = Shape((tokens, case.columns), jnp.bfloat16)
+    sizes = Shape((case.experts,), jnp.int32)
+    (kernel,) = cuda_compile.compile_kernels(
+        run, x, abstract(case), ENTRIES, sizes, capability=capability
+    )
+    assert kernel.name == "sub1_matmul"
+    assert_sound(kernel, capability)
+    assert not any(text.startswith("BAR") for text in kernel.instructions)  # a warp by itself
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
+def test_sub1_decode(case, capability):
+    from pallas_kernels.device import sub1_decode_pallas
+
+    def run(packed, entries, experts):
+        return sub1_decode_pallas.sub1_decode(packed, entries, experts, jnp.dtype(jnp.bfloat16))
+
+    (kernel,) = cuda_compile.compile_kernels(
+        run, abstract(case), ENTRIES, Shape((4,), jnp.int32), capability=capability
+    )
+    assert kernel.name == "sub1_decode"
+    assert_sound(kernel, capability)
+
+
+def test_a_function_without_kernels_is_named():
+    with pytest.raises(RuntimeError, match="no Triton kernel"):
+        cuda_compile.compile_kernels(jnp.sin, Shape((4,), jnp.float32))
+
+
+def test_executed_instructions_follow_the_longest_loop():
+    kernel = cuda_compile.CompiledKernel("k", 90, 1, 32, 0, 0, ("A", "B", "C", "NOP"), ((1, 2),))
+    assert [kernel.executed(trips) for trips in (0.0, 1.0, 10.0)] == [1, 3, 21]

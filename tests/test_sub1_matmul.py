@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+import dataclasses
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from pallas_kernels import sub1_matmul, testing
+from pallas_kernels.device import sub1_matmul_pallas
+from pallas_kernels.testing import PUBLISHED, SMALL, Case
+from qmoe_jax.codec import dictionary
+
+ENTRIES = dictionary.nonzero_table()
+TILES = jax.jit(sub1_matmul.token_tiles, static_argnums=(1, 2))
+NAMES = [case.name for case in (*SMALL, *PUBLISHED)]
+
+
+def inputs(case: Case, dtype=jnp.float32, seed: int = 0) -> tuple[Any, ...]:
+    """Tokens, the record on the device, its table, group sizes, and the products in float64."""
+    packed = testing.random_packed(ENTRIES, case, seed)
+    x = np.random.default_rng(seed).standard_normal((case.tokens, case.columns))
+    x = jnp.asarray(x, dtype)
+    weights = testing.dense(packed, ENTRIES)
+    expert = np.repeat(np.arange(case.experts), case.group_sizes)
+    products = np.zeros((case.tokens, case.rows))
+    for token, e in enumerate(expert):
+        products[token] = weights[e] @ np.asarray(x[token], np.float64)
+    sizes = jnp.asarray(case.group_sizes, jnp.int32)
+    return x, jax.tree.map(jnp.asarray, packed), jnp.asarray(ENTRIES), sizes, products
+
+
+def assert_close(found, products, dtype) -> None:
+    assert found.dtype == dtype and found.shape == products.shape
+    scale = np.abs(products).max(initial=1.0)
+    tolerance = scale * (2e-6 if dtype == jnp.float32 else 2**-8)
+    np.testing.assert_allclose(np.asarray(found, np.float64), products, rtol=0, atol=tolerance)
+
+
+def by_pallas(x, packed, entries, sizes, height=None, **options):
+    height = height or sub1_matmul.tile_tokens(x.shape[0], packed.shape[0])
+    tiles = sub1_matmul.token_tiles(sizes, x.shape[0], height)
+    return sub1_matmul_pallas.sub1_matmul(
+        x, packed, entries, tiles, height, interpret=True, **options
+    )
+
+
+BFLOAT16 = ("odd width", "uneven", "base wi")
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, jnp.float32) for case in (*SMALL, *PUBLISHED)]
+    + [(case, jnp.bfloat16) for case in (*SMALL, *PUBLISHED) if case.name in BFLOAT16],
+    ids=[*NAMES, *(f"{name} bfloat16" for name in BFLOAT16)],
+)
+def test_every_shape(case, dtype):
+    *arguments, products = inputs(case, dtype)
+    assert_close(sub1_matmul.sub1_matmul(*arguments, implementation="xla"), products, dtype)
+    if case.tokens:
+        assert_close(by_pallas(*arguments), products, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", [*SMALL, *PUBLISHED], ids=NAMES)
+def test_every_shape_on_the_device(case, dtype):
+    *arguments, products = inputs(case, dtype)
+    found = sub1_matmul.sub1_matmul(*arguments, implementation="pallas")
+    assert_close(found, products, dtype)
+
+
+@pytest.mark.parametrize("height", [1, 2, 4, 8])
+def test_every_height_of_tiles(height):
+    *arguments, products = inputs(SMALL[NAMES.index("uneven")])
+    assert_close(by_pallas(*arguments, height=height), products, jnp.float32)
+
+
+def test_no_tokens_at_all():
+    case = Case("none", 8, 64, (0, 0))
+    *arguments, _ = inputs(case)
+    found = sub1_matmul.sub1_matmul(*arguments, implementation="xla")
+    assert found.shape == (0, 8)
+
+
+@pytest.mark.parametrize("height", [1, 2, 8])
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(cuts=st.lists(st.integers(0, 40), min_size=5, max_size=5))
+def test_tiles_hold_every_token_once_and_one_expert_each(cuts, height):
+    tokens = 40
+    sizes = np.diff([0, *sorted(cuts)])
+    tiles = TILES(jnp.asarray(sizes, jnp.int32), tokens, height)
+    owner = np.repeat(np.arange(6), [*sizes, tokens - sizes.sum()])
+    seen = []
+    for expert, first, stop in zip(*map(np.asarray, jax.tree.leaves(tiles)), strict=True):
+        assert stop - first <= height
+        assert (owner[first:stop] == expert).all()
+        seen += range(first, stop)
+    assert seen == list(range(tokens))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "height"), [(1, 128, 1), (8, 8, 1), (64, 8, 8), (512, 1, 8), (4, 1, 4)]
+)
+def test_height_follows_tokens_of_an_expert(tokens, experts, height):
+    assert sub1_matmul.tile_tokens(tokens, experts) == height
+
+
+def test_a_damaged_row_is_nan_where_checked_and_others_are_not():
+    case = SMALL[NAMES.index("uneven")]
+    x, packed, entries, sizes, products = inputs(case)
+    row, lengths = 5, ENTRIES & 31
+    starts = np.asarray(packed.row_starts)
+    first, last = starts[2, row], starts[2, row + 1] - 1
+    codes = np.array(packed.codes)
+    base = 64 * int(packed.expert_bases[2])
+    longest = int(np.argmax(lengths))
+    codes[0, base + first : base + last + 1] = longest  # far more weights than columns
+    damaged = dataclasses.replace(packed, codes=jnp.asarray(codes))
+    found = np.asarray(by_pallas(x, damaged, entries, sizes, checked=True))
+    owner = np.repeat(np.arange(case.experts), case.group_sizes)
+    wrong = np.zeros(found.shape, bool)
+    wrong[np.flatnonzero(owner == 2), row] = True
+    np.testing.assert_array_equal(np.isnan(found), wrong)
+    np.testing.assert_allclose(found[~wrong], products[~wrong], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"x": jnp.zeros((2, 5))}, r"`x` must be float32 or bfloat16 \[tokens, 64\]"),
+        ({"group_sizes": jnp.zeros(3, jnp.int32)}, r"`group_sizes` must be integers \[2\]"),
+        ({"entries": jnp.zeros(9, jnp.uint32)}, r"`entries` must be uint32 \[65536\]"),
+    ],
+)
+def test_arguments_that_do_not_fit(change, words):
+    x, packed, entries, sizes, _ = inputs(Case("small", 8, 64, (1, 1)))
+    given = {"x": x, "packed": packed, "entries": entries, "group_sizes": sizes} | change
+    with pytest.raises(ValueError, match=words):
+        sub1_matmul.sub1_matmul(**given)
+
+
+def test_a_record_of_several_slabs_is_refused():
+    x, packed, entries, sizes, _ = inputs(Case("small", 8, 64, (1, 1)))
+    halves = jnp.tile(packed.codes, (2, 1))
+    with pytest.raises(ValueError, match="2 slabs; expected one"):
+        sub1_matmul.sub1_matmul(x, dataclasses.replace(packed, codes=halves), entries, sizes)
