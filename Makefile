@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/qmoe_jax/xla
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test fuzz lint format clean
 
 setup: $(VENV)/.installed
 
@@ -19,6 +19,10 @@ demo: setup
 
 test: setup
 	$(BIN)/pytest -n 2
+
+# Thousands of damaged checkpoints of every kind; about ten minutes.
+fuzz: setup
+	QMOE_FUZZ_EXAMPLES=1500 $(BIN)/pytest -n 2 tests/test_fuzz.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -179,7 +179,7 @@ def test_damaged_folders(exported, tmp_path):
     second.write_bytes(first.read_bytes())
     refused(rf"is in {second.name}, which does not hold it")
     (tmp_path / "away").replace(second)
-    for bad in ("../model.safetensors", 7, ""):
+    for bad in ("../model.safetensors", 7, "", "x" * 300):
         changed = {"weight_map": index["weight_map"] | {"shared.weight": bad}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(changed))
         refused("`shared.weight` is in .* no file")

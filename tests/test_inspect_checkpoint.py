@@ -61,6 +61,12 @@ def test_t5x(name, no_reads):
     assert f"{sum(map(math.prod, configs.param_shapes(found.config).values())):,}" in text
 
 
+def test_of_several_steps_the_newest_is_taken_and_named():
+    found = inspect_checkpoint.describe(tiny_switch.DATA / "tiny_switch_base" / "legacy")
+    assert found.path.endswith(f"/legacy/checkpoint_{found.step}")
+    assert f"checkpoint_{found.step}" in shown(tiny_switch.DATA / "tiny_switch_base" / "legacy")
+
+
 @pytest.mark.parametrize("kind", [Kind("qmoe"), Kind("uniform", 3, 32), Kind("dense")])
 def test_packed(kind, tmp_path, no_reads):
     store = tiny_stores.write(tmp_path / "store", kind)

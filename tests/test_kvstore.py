@@ -50,3 +50,11 @@ def test_unreadable_files(tmp_path):
     store = kvstore.open_store(str(tmp_path))
     with pytest.raises(CheckpointError, match=r"cannot read `loop`.*Check that the path"):
         kvstore.read_files(store, ["loop"])
+
+
+def test_a_page_of_reasons_is_shortened():
+    assert kvstore.reason(ValueError("short\n and clear")) == "short and clear"
+    page = "begins so" + 5000 * "x" + "ends so"
+    shown = kvstore.reason(ValueError(page))
+    assert len(shown) < 700
+    assert shown.startswith("begins so") and shown.endswith("ends so")

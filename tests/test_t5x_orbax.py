@@ -17,9 +17,10 @@ import ml_dtypes
 import msgpack
 import numpy as np
 import pytest
+import tensorstore as ts
 from classic_t5x import ZSTD, write_array, write_files
 
-from qmoe_jax.checkpoints import source, t5x
+from qmoe_jax.checkpoints import source, t5x, t5x_experts
 from qmoe_jax.checkpoints.errors import CheckpointError
 
 # Name -> folder of the step, and the model whose digests hold.
@@ -108,6 +109,36 @@ def test_a_meshs_chunks(top, dtype, tmp_path):
     checkpoint = t5x.open_checkpoint(tmp_path)
     assert (checkpoint.step, t5x.chunk_shape(checkpoint, NAME)) == (9, (2, 4, 3))
     np.testing.assert_array_equal(t5x.read(checkpoint, NAME), values[NAME], strict=True)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, ml_dtypes.bfloat16])
+def test_a_meshs_chunks_in_an_ocdbt_store(dtype, tmp_path):
+    """Every chunk of every process, in a store of more than one data file."""
+    experts = np.arange(8 * 16 * 24).reshape(8, 16, 24).astype(dtype)
+    state = tmp_path / "checkpoint_12" / "state"
+    state.mkdir(parents=True)
+    base = {"driver": "ocdbt", "base": f"file://{state}/", "target_data_file_size": 2000}
+    spec = {
+        "driver": "zarr",
+        "kvstore": base | {"path": f"{FOLDER}/"},
+        "dtype": experts.dtype.name,
+        "metadata": {"shape": experts.shape, "chunks": (2, 8, 8), "compressor": ZSTD},
+    }
+    array = ts.open(spec, create=True).result()
+    for start in range(0, 8, 2):  # as if by four processes
+        array[start : start + 2].write(experts[start : start + 2]).result()
+    keys = [{"key": key, "key_type": 2} for key in ("target", *NAME.split("/"))]
+    tree = {"tree_metadata": {NAME: {"key_metadata": keys, "value_metadata": {}}}}
+    (state / "_METADATA").write_text(json.dumps(tree))
+    assert len(list((state / "d").iterdir())) > 1
+    checkpoint = t5x.open_checkpoint(tmp_path)
+    assert (checkpoint.step, t5x.chunk_shape(checkpoint, NAME)) == (12, (2, 8, 8))
+    np.testing.assert_array_equal(t5x.read(checkpoint, NAME), experts, strict=True)
+    groups = t5x_experts.expert_groups(
+        checkpoint, [NAME], 3, memory_budget=1 << 30, scratch_dir=None
+    )
+    found = np.concatenate([group.arrays[NAME] for group in groups])
+    np.testing.assert_array_equal(found, experts, strict=True)
 
 
 def test_the_newest_step_is_of_any_layout(t5x_dir, tmp_path):

@@ -91,6 +91,14 @@ def test_tensors_outside_of_their_storage(changed, tmp_path):
         opened(tmp_path / "x.pt")
 
 
+def test_odd_escapes_in_names_are_refused_without_a_warning(tmp_path):
+    path = tmp_path / "x.pt"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("model/data.pkl", b"\x80\x02ctorch\n\\_utils\n.")
+    with pytest.raises(CheckpointError, match=r"x\.pt"):
+        opened(path)
+
+
 def test_files_of_other_kinds(tmp_path):
     path = tmp_path / "x.pt"
     with pytest.raises(CheckpointError, match=r"cannot read .*x\.pt"):

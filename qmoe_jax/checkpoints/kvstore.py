@@ -11,6 +11,7 @@ from qmoe_jax.checkpoints.errors import CheckpointError
 
 # What TensorStore raises when a store cannot be reached or a stored array cannot be decoded.
 FAILURES = (ValueError, RuntimeError, OSError, LookupError)
+_SHOWN = 300  # characters of the beginning, and of the end, of what TensorStore says
 
 
 def location(path: str | os.PathLike[str]) -> str:
@@ -31,8 +32,8 @@ def open_store(directory: str) -> ts.KvStore:
         return ts.KvStore.open(spec).result()
     except FAILURES as error:
         raise CheckpointError(
-            f"cannot open `{directory}`: {error}. Give a local path or a gs://, s3://, file:// or "
-            "https:// URL."
+            f"cannot open `{directory}`: {reason(error)}. Give a local path or a gs://, s3://, "
+            "file:// or https:// URL."
         ) from error
 
 
@@ -49,8 +50,8 @@ def read_files(store: ts.KvStore, keys: list[str]) -> list[bytes | None]:
             result = future.result()
         except FAILURES as error:
             raise CheckpointError(
-                f"cannot read `{key}` in {store.path}: {error}. Check that the path is right and "
-                "may be read from here."
+                f"cannot read `{key}` in {store.path}: {reason(error)}. Check that the path is "
+                "right and may be read from here."
             ) from error
         contents.append(result.value if result.state == "value" else None)
     return contents
@@ -67,7 +68,7 @@ def list_files(store: ts.KvStore, prefix: str) -> list[str]:
         keys = store.list(ts.KvStore.KeyRange(prefix, end)).result()
     except FAILURES as error:
         raise CheckpointError(
-            f"cannot list {store.url}: {error}. Give the directory of one step instead."
+            f"cannot list {store.url}: {reason(error)}. Give the directory of one step instead."
         ) from error
     return [key.decode("utf-8", errors="replace") for key in keys]
 
@@ -79,6 +80,12 @@ def open_zarr(store: ts.KvStore, directory: str) -> ts.Future[ts.TensorStore]:
     return ts.open(spec, kvstore=store / directory, open=True, read=True)
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a line: TensorStore may quote the whole file."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+
+
 @contextlib.contextmanager
 def explained(path: str, name: str) -> Iterator[None]:
     """Turns what TensorStore raises inside into a `CheckpointError` about array `name`."""
@@ -88,7 +95,8 @@ def explained(path: str, name: str) -> Iterator[None]:
         raise
     except FAILURES as error:
         raise CheckpointError(
-            f"cannot read `{name}` of {path}: {error}. The copy is incomplete or damaged: copy "
-            "that array's directory again (with its dotfile `.zarray`), or the whole folder where "
-            "a `manifest.ocdbt` lies (over HTTP the latter needs a server that honours ranges)."
+            f"cannot read `{name}` of {path}: {reason(error)}. The copy is incomplete or damaged: "
+            "copy that array's directory again (with its dotfile `.zarray`), or the whole folder "
+            "where a `manifest.ocdbt` lies (over HTTP the latter needs a server that honours "
+            "ranges)."
         ) from error

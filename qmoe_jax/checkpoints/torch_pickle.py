@@ -12,6 +12,7 @@ import os
 import pathlib
 import pickletools
 import struct
+import warnings
 import zipfile
 from collections.abc import Callable
 from typing import Any
@@ -131,7 +132,9 @@ def read_object(archive: Archive) -> Any:
             raise ValueError(f"its pickle is compressed or has {info.file_size} bytes")
         with zipfile.ZipFile(archive.path) as file:
             content = file.read(info)
-        return _load(archive, content)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in names, which are refused next
+            return _load(archive, content)
     except CheckpointError:
         raise
     except OSError as error:
