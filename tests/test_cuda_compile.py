@@ -81,3 +81,22 @@ def test_a_function_without_kernels_is_named():
 def test_executed_instructions_follow_the_longest_loop():
     kernel = cuda_compile.CompiledKernel("k", 90, 1, 32, 0, 0, ("A", "B", "C", "NOP"), ((1, 2),))
     assert [kernel.executed(trips) for trips in (0.0, 1.0, 10.0)] == [1, 3, 21]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("bits", ["ternary", 2])
+def test_gptq_block(bits, capability):
+    import functools
+
+    from pallas_kernels.device import gptq_block_pallas
+    from qmoe_jax.quantization import grids
+
+    nearest = functools.partial(grids.nearest, bits=bits)
+    shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), (2, 16, 1, 1024))
+    (kernel,) = cuda_compile.compile_kernels(
+        lambda *arrays: gptq_block_pallas.gptq_block(*arrays, nearest),
+        *(Shape(shape, jnp.float32) for shape in shapes),
+        capability=capability,
+    )
+    assert kernel.name == "gptq_block"
+    assert_sound(kernel, capability)

@@ -13,8 +13,7 @@ never formed. The sum is taken left-looking, so that no weight is written twice:
 
     superblock    an eighth of the columns: all that came before it, one large product
       block       `block_size` columns: what came before it in the superblock, one product
-        strip     8 columns: what came before it in the block, one product
-          column  what came before it in the strip
+        column    what came before it in the block (`pallas_kernels.gptq_block`)
 
 Experts keep T5X's axes on entry, `[expert, in, out]` = `[E, C, R]`, which is also the layout this
 needs: a column is a contiguous vector over the rows. Levels leave as `[E, R, C]`, as codec, store
@@ -30,9 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from pallas_kernels.gptq_block import STRIP, gptq_block
 from qmoe_jax.quantization import grids
 
-STRIP = 8  # columns solved one after another between two products; fused by XLA into one kernel
 SUPERBLOCKS = 8  # bounds both the program's size and the zeros multiplied (one in 8)
 ERROR_ROWS = 64  # rows that the reported error is measured on
 MIN_DAMPING = 1e-6
@@ -171,6 +170,7 @@ def _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16):
     groups = C // group if group else 1
     row_grid_2ER = grids.fit(W_ECR, bits, store_bfloat16)
     grid_2EGR = jnp.broadcast_to(row_grid_2ER[:, :, None, :], (2, E, groups, R))
+    nearest = functools.partial(grids.nearest, bits=bits)
     per_superblock = -(-C // (block * SUPERBLOCKS))
     width = per_superblock * block
 
@@ -194,7 +194,7 @@ def _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16):
         else:
             grid_2EbR = grid_2EGR  # one for all columns
         scaled_EBB = lax.dynamic_slice_in_dim(scaled_EBc, inside, block, 2)
-        D_EBR = _solve_strips(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EbR, bits)
+        D_EBR = gptq_block(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EbR, nearest)
         D_ECR = lax.dynamic_update_slice_in_dim(D_ECR, D_EBR, at, 1)
         return D_ECR, grid_2EGR, before_EcR
 
@@ -234,48 +234,6 @@ def _update_by_earlier_blocks(update_EBR, N_EBB):
 def _fit_groups(W_EBR, bits, group, store_bfloat16):
     E, B, R = W_EBR.shape
     return grids.fit(W_EBR.reshape(E, B // group, group, R), bits, store_bfloat16)
-
-
-def _solve_strips(target_EBR, W_EBR, scaled_EBB, grid_2EbR, bits):
-    """D of a block's columns.
-
-    `target` is W plus the update by earlier blocks; the grid has one column for all of the block's,
-    or one for each.
-    """
-
-    def strip(index, D_EBR):
-        at = index * STRIP
-        scaled_ESB = lax.dynamic_slice_in_dim(scaled_EBB, at, STRIP, 1)
-        target_ESR = lax.dynamic_slice_in_dim(target_EBR, at, STRIP, 1)
-        D_ESR = _solve_columns(
-            target_ESR + _times(scaled_ESB, D_EBR),  # D is zero in columns not yet solved
-            lax.dynamic_slice_in_dim(W_EBR, at, STRIP, 1),
-            lax.dynamic_slice_in_dim(scaled_ESB, at, STRIP, 2),
-            _columns(grid_2EbR, at),
-            bits,
-        )
-        return lax.dynamic_update_slice_in_dim(D_EBR, D_ESR, at, 1)
-
-    return lax.fori_loop(0, W_EBR.shape[1] // STRIP, strip, jnp.zeros_like(W_EBR))
-
-
-def _columns(grid_2EbR, at):
-    if grid_2EbR.shape[2] == 1:
-        return grid_2EbR
-    return lax.dynamic_slice_in_dim(grid_2EbR, at, STRIP, 2)
-
-
-def _solve_columns(target_ESR, W_ESR, scaled_ESS, grid_2EbR, bits):
-    """The innermost recursion, one column after another; unrolled, so that columns fuse."""
-    D = []
-    for j in range(STRIP):
-        target_ER = target_ESR[:, j]
-        for i in range(j):
-            target_ER += scaled_ESS[:, j, i, None] * D[i]
-        grid_2ER = grid_2EbR[:, :, min(j, grid_2EbR.shape[2] - 1)]
-        levels_ER = grids.quantize(target_ER, grid_2ER, bits)
-        D.append(W_ESR[:, j] - grids.dequantize(levels_ER, grid_2ER, bits))
-    return jnp.stack(D, 1)
 
 
 def _times(A_EMK, B_EKN):

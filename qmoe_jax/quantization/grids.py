@@ -10,13 +10,16 @@ Both follow the published QMoE code, so that its packed checkpoints and goldens 
 level. Dimensions: `models/config.py` has the key; here the two numbers are axis 0 of a grid.
 """
 
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 Bits = Literal["ternary", 2, 3, 4]
 BITS: tuple[Bits, ...] = get_args(Bits)
+
+# The two numbers for each weight: one array, or two.
+Grid: TypeAlias = Float[Array, "2 *shape"] | tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
 
 
 def parse_bits(bits: str | int | float) -> Bits:
@@ -59,26 +62,35 @@ def fit(
     return jnp.stack([scale, jnp.round(-low / scale)])
 
 
-def quantize(
-    weights: Float[Array, "*shape"], grid: Float[Array, "2 *shape"], bits: Bits
-) -> UInt8[Array, "*shape"]:
+def quantize(weights: Float[Array, "*shape"], grid: Grid, bits: Bits) -> UInt8[Array, "*shape"]:
     """The level of each weight on a grid of the same shape; ternary ties go to 0."""
     first, second = grid
     if bits == "ternary":
         below = jnp.where(weights < first / 2, jnp.uint8(1), jnp.uint8(0))
         return jnp.where(weights > second / 2, jnp.uint8(2), below)
-    level = jnp.round(weights / first) + second
+    level = _round_half_even(weights / first) + second
     return jnp.clip(level, 0, 2**bits - 1).astype(jnp.uint8)
 
 
-def dequantize(
-    levels: UInt8[Array, "*shape"], grid: Float[Array, "2 *shape"], bits: Bits
-) -> Float[Array, "*shape"]:
+def dequantize(levels: UInt8[Array, "*shape"], grid: Grid, bits: Bits) -> Float[Array, "*shape"]:
     """The float32 weight behind each level on a grid of the same shape."""
     first, second = grid
     if bits == "ternary":
         return jnp.where(levels == 1, first, jnp.where(levels == 2, second, 0.0))
     return first * (levels.astype(jnp.float32) - second)
+
+
+def nearest(weights: Float[Array, "*shape"], grid: Grid, bits: Bits) -> Float[Array, "*shape"]:
+    """The dequantized levels of the weights."""
+    return dequantize(quantize(weights, grid, bits), grid, bits)
+
+
+def _round_half_even(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """`jnp.round`, of operations that Pallas's GPU kernels have too."""
+    below = jnp.floor(values)
+    over = values - below
+    odd = below - 2 * jnp.floor(below / 2) == 1
+    return jnp.where((over > 0.5) | ((over == 0.5) & odd), below + 1, below)
 
 
 def _rounded(values: Float[Array, "*shape"], to_bfloat16: bool) -> Float[Array, "*shape"]:

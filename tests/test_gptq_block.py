@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import gptq_block
+from pallas_kernels.device import gptq_block_pallas
+from qmoe_jax.quantization import gptq, grids
+from qmoe_jax.quantization.gptq import GptqOptions
+
+SHAPES = [(1, 8, 1), (2, 128, 50), (3, 40, 33), (1, 128, 96)]  # experts, columns, rows
+
+
+def inputs(shape, bits, by_column: bool) -> tuple[Any, ...]:
+    E, B, _ = shape
+    generator = np.random.default_rng(0)
+    weights = generator.standard_normal(shape).astype(np.float32)
+    target = weights + 0.1 * generator.standard_normal(shape).astype(np.float32)
+    scaled = np.tril(0.1 * generator.standard_normal((E, B, B))).astype(np.float32)
+    grid = grids.fit(jnp.asarray(weights), bits, True)[:, :, None]
+    if by_column:
+        scale = jnp.asarray(generator.uniform(0.5, 2, (1, 1, B, 1)), jnp.float32)
+        grid = jnp.broadcast_to(grid, (2, *shape)) * (scale if bits == "ternary" else 1)
+    return jnp.asarray(target), jnp.asarray(weights), jnp.asarray(scaled), grid
+
+
+def column_by_column(target, weights, scaled, grid, bits):
+    """In float64, as the definition says."""
+    target, weights, scaled = (np.asarray(a, np.float64) for a in (target, weights, scaled))
+    D = np.zeros_like(weights)
+    for j in range(weights.shape[1]):
+        value = target[:, j] + np.einsum("ei,eir->er", scaled[:, j, :j], D[:, :j])
+        at = jnp.asarray(grid[:, :, min(j, grid.shape[2] - 1)])
+        D[:, j] = weights[:, j] - grids.nearest(jnp.asarray(value, jnp.float32), at, bits)
+    return D
+
+
+@pytest.mark.parametrize("by_column", [False, True])
+@pytest.mark.parametrize("bits", ["ternary", 2, 4])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_reference_and_kernel_solve_every_column(shape, bits, by_column):
+    given = inputs(shape, bits, by_column)
+    nearest = functools.partial(grids.nearest, bits=bits)
+    expected = column_by_column(*given, bits)
+    solve = functools.partial(gptq_block.gptq_block, nearest=nearest, implementation="xla")
+    by_xla = jax.jit(solve)(*given)
+    solve = functools.partial(gptq_block_pallas.gptq_block, nearest=nearest, interpret=True)
+    by_pallas = jax.jit(solve)(*given)
+    np.testing.assert_allclose(by_xla, expected, atol=1e-5)
+    np.testing.assert_allclose(by_pallas, expected, atol=1e-5)
+
+
+def test_the_goldens_level_for_level_through_the_kernel(data_dir, monkeypatch):
+    """All of GPTQ, with the kernel for its blocks."""
+    interpreted = functools.partial(gptq_block_pallas.gptq_block, interpret=True)
+    with np.load(data_dir / "qmoe" / "gptq.npz") as file:
+        arrays = dict(file)
+    name = next(key.removesuffix("/W") for key in arrays if key.endswith("/W"))
+    kernel = jnp.asarray(arrays[f"{name}/W"]).swapaxes(-1, -2)
+    hessian = jnp.asarray(arrays[f"{name}/H"])
+    for bits in ("ternary", 2):
+        for group_size in (None, 32):
+            options = GptqOptions(group_size=group_size)
+            expected = gptq.gptq(kernel, hessian, bits=bits, options=options)
+            with monkeypatch.context() as patch:
+                patch.setattr(gptq, "gptq_block", interpreted)
+                jax.clear_caches()
+                found = gptq.gptq(kernel, hessian, bits=bits, options=options)
+            jax.clear_caches()
+            np.testing.assert_array_equal(found.levels, expected.levels)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bits", ["ternary", 2, 4])
+def test_a_large_block_on_the_device(bits):
+    given = inputs((16, 128, 1024), bits, False)
+    nearest = functools.partial(grids.nearest, bits=bits)
+    solve = functools.partial(gptq_block.gptq_block, nearest=nearest)
+    by_xla = jax.jit(functools.partial(solve, implementation="xla"))(*given)
+    found = jax.jit(functools.partial(solve, implementation="pallas"))(*given)
+    assert np.mean(np.abs(found - by_xla) < 1e-4) > 0.9999
+
+
+@pytest.mark.parametrize(("columns", "grid"), [(12, 1), (16, 2)])
+def test_blocks_of_other_columns_are_refused(columns, grid):
+    array = jnp.zeros((1, columns, 4))
+    with pytest.raises(ValueError, match="expected a multiple of 8, and one grid or"):
+        gptq_block.gptq_block(
+            *(array, array, jnp.zeros((1, columns, columns)), jnp.zeros((2, 1, grid, 4))),
+            lambda weights, grid: weights,
+        )
