@@ -19,12 +19,21 @@ import gin
 from qmoe_jax import bindings, options
 from qmoe_jax.checkpoints import array_files
 from qmoe_jax.options import Options
-from qmoe_jax.runs import compress, devices, evaluate, import_pack, inspect_checkpoint, train
+from qmoe_jax.runs import (
+    compress,
+    devices,
+    evaluate,
+    export,
+    import_pack,
+    inspect_checkpoint,
+    train,
+)
 
 # Run mode -> function, and its parameter for the folder that config.gin goes to, if it has one.
 RUN_MODES: dict[str, tuple[Callable[..., Any], str | None]] = {
     "compress": (compress.compress, "output_dir"),
     "eval": (evaluate.evaluate, "eval_output_dir"),
+    "export": (export.export, "output_dir"),
     "import": (import_pack.import_pack, "output_dir"),
     "inspect": (inspect_checkpoint.inspect_checkpoint, None),
     "train": (train.train, "model_dir"),

@@ -17,6 +17,7 @@ import re
 import resource
 import shutil
 import signal
+import tempfile
 import traceback
 import zipfile
 import zlib
@@ -34,7 +35,15 @@ from tiny_stores import Kind
 
 from pallas_kernels import testing
 from pallas_kernels.packed import PackedExperts
-from qmoe_jax.checkpoints import huggingface_writer, packed, published, source, t5x_writer
+from qmoe_jax.checkpoints import (
+    huggingface_writer,
+    orbax_pack,
+    orbax_pack_writer,
+    packed,
+    published,
+    source,
+    t5x_writer,
+)
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.codec import dictionary
 from qmoe_jax.models import config as configs
@@ -44,6 +53,7 @@ SECONDS = 20  # for one example; a sound one takes some hundredths
 MEGABYTES = 256  # more than before the example
 _NUMBERS = (0, -1, 1, 3, 2**31 - 1, 2**31, 2**32, 2**63 - 1, -(2**63), 10**30, 1e308)
 _VALUES = (None, True, "", "..", "/etc/passwd", "x" * 300, [], {}, [[]], 0.5, *_NUMBERS)
+_ORBAX = ("_METADATA", "_CHECKPOINT_METADATA")  # JSON
 _DEEP = "thousands of lists, one in another"
 _CONFIG = SwitchConfig(
     vocab_size=20,
@@ -135,6 +145,11 @@ def _make_published(folder: pathlib.Path) -> None:
     shutil.copytree(pack, folder)
 
 
+def _make_orbax_pack(folder: pathlib.Path) -> None:
+    store = tiny_stores.write(folder.parent / "store", Kind("qmoe"))
+    orbax_pack_writer.save(folder, store)
+
+
 def _read_source(folder: pathlib.Path) -> None:
     opened = source.open_source(folder)
     source.outer_params(opened)
@@ -170,11 +185,18 @@ def _read_published(folder: pathlib.Path) -> None:
             _decode(experts)
 
 
+def _read_orbax_pack(folder: pathlib.Path) -> None:
+    with tempfile.TemporaryDirectory() as again:
+        orbax_pack.import_checkpoint(folder, pathlib.Path(again))
+        _read_packed(pathlib.Path(again))
+
+
 TARGETS = {
     "t5x": Target(_make_classic, _read_source),
     "orbax": Target(_make_orbax, _read_source),
     "ocdbt": Target(_make_ocdbt, _read_source),
     "huggingface": Target(_make_huggingface, _read_source),
+    "orbax pack": Target(_make_orbax_pack, _read_orbax_pack),
     "published": Target(_make_published, _read_published),
     "ternary": Target(lambda folder: tiny_stores.write(folder, Kind("qmoe")), _read_packed),
     "uniform": Target(lambda path: tiny_stores.write(path, Kind("uniform", 3, 32)), _read_packed),
@@ -204,7 +226,7 @@ def _change(
         return rng.choice((None, b"", rng.choice(files).read_bytes()))
     if rng.random() < 0.5:
         with contextlib.suppress(ValueError, OverflowError, KeyError):  # it cannot be written so
-            if path.suffix == ".json" or path.name in (".zarray", "_METADATA"):
+            if path.suffix == ".json" or path.name in (".zarray", *_ORBAX):
                 return _dumps(_edited(rng, json.loads(content)))
             if path.name == "checkpoint":
                 return _packb(_edited(rng, msgpack.unpackb(content, strict_map_key=False)))

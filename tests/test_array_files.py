@@ -309,3 +309,24 @@ def test_lines_need_a_file(tmp_path):
     with pytest.raises(CheckpointError, match="No such file"):
         array_files.append_line(tmp_path / "x", "one")
     assert not list(tmp_path.iterdir())
+
+
+def test_new_folder_appears_whole_or_not_at_all(tmp_path):
+    with array_files.new_folder(tmp_path / "a" / "b") as folder:
+        (folder / "file").write_text("x")
+        assert folder.parent == tmp_path / "a" and folder.name != "b"
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    assert (tmp_path / "a" / "b" / "file").read_text() == "x"
+    with pytest.raises(CheckpointError, match=r"b exists already"):  # noqa: SIM117
+        with array_files.new_folder(tmp_path / "a" / "b"):
+            raise AssertionError
+    with pytest.raises(CheckpointError, match=r"no local folder"):
+        array_files.check_new("gs://bucket/x")
+    with pytest.raises(CheckpointError, match=r"cannot write .*c: No space left on device\. Free"):  # noqa: SIM117
+        with array_files.new_folder(tmp_path / "c") as folder:
+            (folder / "file").write_text("x")
+            raise OSError(28, "No space left on device")
+    with pytest.raises(CheckpointError, match="exists already"):  # noqa: SIM117
+        with array_files.new_folder(tmp_path / "d"):
+            (tmp_path / "d").mkdir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "d"]

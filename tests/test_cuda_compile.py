@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every kernel compiles for NVIDIA GPUs, without spills, on a machine that has none."""
 
+import functools
 import sys
 
 import jax
@@ -39,13 +40,13 @@ def assert_sound(kernel: cuda_compile.CompiledKernel, capability: int) -> None:
 @pytest.mark.parametrize("height", [1, 8])
 @pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
 def test_sub1_matmul(case, height, capability):
-    from pallas_kernels import sub1_matmul
+    from pallas_kernels import token_tiles
     from pallas_kernels.device import sub1_matmul_pallas
 
     tokens = case.experts * height
 
     def run(x, packed, entries, sizes):
-        tiles = sub1_matmul.token_tiles(sizes, tokens, height)
+        tiles = token_tiles.token_tiles(sizes, tokens, height)
         return sub1_matmul_pallas.sub1_matmul(x, packed, entries, tiles, height)
 
     x = Shape((tokens, case.columns), jnp.bfloat16)
@@ -86,17 +87,31 @@ def test_executed_instructions_follow_the_longest_loop():
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("bits", ["ternary", 2])
 def test_gptq_block(bits, capability):
-    import functools
-
     from pallas_kernels.device import gptq_block_pallas
     from qmoe_jax.quantization import grids
 
     nearest = functools.partial(grids.nearest, bits=bits)
     shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), (2, 16, 1, 1024))
     (kernel,) = cuda_compile.compile_kernels(
-        lambda *arrays: gptq_block_pallas.gptq_block(*arrays, nearest),
+        functools.partial(gptq_block_pallas.gptq_block, nearest=nearest),
         *(Shape(shape, jnp.float32) for shape in shapes),
         capability=capability,
     )
     assert kernel.name == "gptq_block"
     assert_sound(kernel, capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grouped_matmul(dtype, capability):
+    from pallas_kernels import grouped_matmul
+
+    (kernel,) = cuda_compile.compile_kernels(
+        functools.partial(grouped_matmul.grouped_matmul, implementation="pallas"),
+        *(Shape((512, 768), dtype), Shape((8, 3072, 768), dtype), Shape((8,), jnp.int32)),
+        capability=capability,
+    )
+    assert kernel.name == "grouped_matmul"
+    assert_sound(kernel, capability)
+    on_tensor_cores = any(text.startswith(("HMMA", "HGMMA")) for text in kernel.instructions)
+    assert on_tensor_cores == (dtype is jnp.bfloat16)  # TF32 would round float32

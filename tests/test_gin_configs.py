@@ -34,6 +34,7 @@ OWN_MODELS = ("switch_demo",)  # not released ones
 REQUIRED = {  # run mode: what its file leaves open
     "compress": {"CHECKPOINT_PATH", "OUTPUT_DIR", "SENTENCEPIECE_MODEL_FILE", "CALIBRATION_FILES"},
     "eval": {"CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "SENTENCEPIECE_MODEL_FILE", "VALIDATION_FILES"},
+    "export": {"CHECKPOINT_PATH", "OUTPUT_DIR", "EXPORT_FORMAT"},
     "import": {"CHECKPOINT_PATH", "OUTPUT_DIR"},
     "inspect": {"CHECKPOINT_PATH"},
     "train": {"MODEL_DIR", "SENTENCEPIECE_MODEL_FILE", "TRAIN_FILES", "TRAIN_STEPS"},
@@ -202,6 +203,7 @@ def documented(section: str) -> dict[str, str]:
     [
         ("`compress`", "runs/compress.gin"),
         ("`eval`", "runs/eval.gin"),
+        ("`export`", "runs/export.gin"),
         ("`import`", "runs/import.gin"),
         ("`inspect`", "runs/inspect.gin"),
         ("`train`", "runs/train.gin"),

@@ -28,7 +28,7 @@ def inputs(shape, bits, by_column: bool) -> tuple[Any, ...]:
     return jnp.asarray(target), jnp.asarray(weights), jnp.asarray(scaled), grid
 
 
-def column_by_column(target, weights, scaled, grid, bits):
+def column_by_column(target, weights, scaled, grid, *, bits):
     """In float64, as the definition says."""
     target, weights, scaled = (np.asarray(a, np.float64) for a in (target, weights, scaled))
     D = np.zeros_like(weights)
@@ -45,8 +45,8 @@ def column_by_column(target, weights, scaled, grid, bits):
 def test_reference_and_kernel_solve_every_column(shape, bits, by_column):
     given = inputs(shape, bits, by_column)
     nearest = functools.partial(grids.nearest, bits=bits)
-    expected = column_by_column(*given, bits)
-    solve = functools.partial(gptq_block.gptq_block, nearest=nearest, implementation="xla")
+    expected = column_by_column(*given, bits=bits)
+    solve = functools.partial(gptq_block.gptq_block_xla, nearest=nearest)
     by_xla = jax.jit(solve)(*given)
     solve = functools.partial(gptq_block_pallas.gptq_block, nearest=nearest, interpret=True)
     by_pallas = jax.jit(solve)(*given)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
+import dataclasses
 import io
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +11,14 @@ import tiny_stores
 import tiny_switch
 from tiny_stores import Kind
 
-from qmoe_jax.checkpoints import array_files, huggingface_writer, published, source, t5x
+from qmoe_jax.checkpoints import (
+    array_files,
+    huggingface_writer,
+    orbax_pack_writer,
+    published,
+    source,
+    t5x,
+)
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.models import config as configs
 from qmoe_jax.runs import inspect_checkpoint
@@ -61,10 +70,16 @@ def test_t5x(name, no_reads):
     assert f"{sum(map(math.prod, configs.param_shapes(found.config).values())):,}" in text
 
 
-def test_of_several_steps_the_newest_is_taken_and_named():
-    found = inspect_checkpoint.describe(tiny_switch.DATA / "tiny_switch_base" / "legacy")
-    assert found.path.endswith(f"/legacy/checkpoint_{found.step}")
-    assert f"checkpoint_{found.step}" in shown(tiny_switch.DATA / "tiny_switch_base" / "legacy")
+def test_of_several_steps_the_newest_is_taken_and_printed_whole(tmp_path):
+    folder = tmp_path / ("a_long_name_" * 9)
+    for step in (9, 10):
+        original = tiny_switch.DATA / "tiny_switch_base" / "legacy" / "checkpoint_500100"
+        shutil.copytree(original, folder / f"checkpoint_{step}")
+    text = io.StringIO()
+    console = rich.console.Console(file=text, width=80)
+    found = inspect_checkpoint.inspect_checkpoint(str(folder), console=console)
+    assert found.path == f"{folder}/checkpoint_10"
+    assert found.path in text.getvalue().splitlines()
 
 
 @pytest.mark.parametrize("kind", [Kind("qmoe"), Kind("uniform", 3, 32), Kind("dense")])
@@ -107,6 +122,23 @@ def test_published_pack_and_what_it_becomes(data_dir, tmp_path):
     saved = sum(2 * math.prod((a.shape[0], a.shape[2])) + 4 * a.shape[0] for a in found.experts)
     stored = [sum(array.nbytes for array in d.experts) for d in (found, after)]
     assert stored[0] - saved == stored[1]
+
+
+@pytest.mark.parametrize("kind", [Kind("qmoe"), Kind("uniform", 3, 32), Kind("dense")])
+def test_orbax(kind, tmp_path):
+    """What is said of it is what is said of the packed checkpoint that it holds."""
+    store = tiny_stores.write(tmp_path / "store", kind)
+    orbax_pack_writer.save(tmp_path / "orbax", store)
+    before = inspect_checkpoint.describe(tmp_path / "store")
+    found = inspect_checkpoint.describe(tmp_path / "orbax")
+    assert (found.format, found.path) == ("orbax", str(tmp_path / "orbax"))
+    assert [dataclasses.replace(array, pieces="") for array in found.arrays] == [
+        dataclasses.replace(array, pieces="") for array in before.arrays
+    ]
+    assert (found.config, found.step, found.nbytes) == (before.config, 7, store.nbytes)
+    assert found.provenance == before.provenance
+    text = shown(tmp_path / "orbax")
+    assert "one array a layer" in text and "source: step" in text
 
 
 def test_hugging_face(tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local paths and URLs open as the same key-value stores."""
 
+import logging
 import pathlib
 
 import pytest
@@ -52,9 +53,20 @@ def test_unreadable_files(tmp_path):
         kvstore.read_files(store, ["loop"])
 
 
-def test_a_page_of_reasons_is_shortened():
-    assert kvstore.reason(ValueError("short\n and clear")) == "short and clear"
-    page = "begins so" + 5000 * "x" + "ends so"
-    shown = kvstore.reason(ValueError(page))
+def test_reasons_are_one_line():
+    page = RuntimeError(
+        "failed [tensorstore_spec='...']\n[os_error_code='27'] [source locations=...]"
+    )
+    assert kvstore.reason(page) == "File too large"
+    assert kvstore.reason(ValueError("not\n  found")) == "not found"
+    shown = kvstore.reason(ValueError("begins so" + 5000 * "x" + "ends so"))
     assert len(shown) < 700
     assert shown.startswith("begins so") and shown.endswith("ends so")
+
+
+def test_orbax_is_silent_for_a_while():
+    log = logging.getLogger("absl")
+    with pytest.raises(ValueError), kvstore.orbax_unlogged():
+        assert log.disabled
+        raise ValueError
+    assert not log.disabled

@@ -73,6 +73,22 @@ def test_import_and_inspect(tmp_path, capsys, data_dir):
     assert "out holds a finished packed checkpoint" in capsys.readouterr().err
 
 
+def test_export_and_import(tmp_path, capsys, data_dir):
+    pack = f"--gin.CHECKPOINT_PATH={data_dir / 'qmoe' / 'tiny_qmoe_ckpt'}"
+    assert call("--run_mode=import", pack, "--gin.OUTPUT_DIR=store") == 0
+    exports = ("--run_mode=export", "--gin.CHECKPOINT_PATH=store")
+    assert call(*exports, "--gin.OUTPUT_DIR=orbax", "--gin.EXPORT_FORMAT=orbax") == 0
+    assert call("--run_mode=import", "--gin.CHECKPOINT_PATH=orbax", "--gin.OUTPUT_DIR=back") == 0
+    manifests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("store", "back")]
+    assert manifests[0] == manifests[1]
+    assert "EXPORT_FORMAT = 'orbax'" in (tmp_path / "orbax" / "config.gin").read_text()
+    assert call(*exports, "--gin.OUTPUT_DIR=t5x", "--gin.EXPORT_FORMAT=t5x") == 0
+    assert {path.name for path in (tmp_path / "t5x").iterdir()} == {"checkpoint_0", "config.gin"}
+    capsys.readouterr()
+    assert call(*exports, "--gin.OUTPUT_DIR=x", "--gin.EXPORT_FORMAT=onnx") == 1
+    assert "EXPORT_FORMAT is 'onnx'; expected 't5x' or" in capsys.readouterr().err
+
+
 def test_train_takes_its_model_from_a_second_file(tmp_path, capsys):
     arguments = (
         "--run_mode=train",

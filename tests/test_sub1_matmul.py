@@ -2,21 +2,19 @@
 import dataclasses
 from typing import Any
 
-import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import strategies as st
 
-from pallas_kernels import sub1_matmul, testing
+from pallas_kernels import sub1_matmul, testing, token_tiles
 from pallas_kernels.device import sub1_matmul_pallas
 from pallas_kernels.testing import PUBLISHED, SMALL, Case
 from qmoe_jax.codec import dictionary
 
 ENTRIES = dictionary.nonzero_table()
-TILES = jax.jit(sub1_matmul.token_tiles, static_argnums=(1, 2))
-NAMES = [case.name for case in (*SMALL, *PUBLISHED)]
+ON_CPU = [case for case in (*SMALL, *PUBLISHED) if case.rows * case.columns < 2e7]
+NAMES = [case.name for case in ON_CPU]
 
 
 def inputs(case: Case, dtype=jnp.float32, seed: int = 0) -> tuple[Any, ...]:
@@ -42,7 +40,7 @@ def assert_close(found, products, dtype) -> None:
 
 def by_pallas(x, packed, entries, sizes, height=None, **options):
     height = height or sub1_matmul.tile_tokens(x.shape[0], packed.shape[0])
-    tiles = sub1_matmul.token_tiles(sizes, x.shape[0], height)
+    tiles = token_tiles.token_tiles(sizes, x.shape[0], height)
     return sub1_matmul_pallas.sub1_matmul(
         x, packed, entries, tiles, height, interpret=True, **options
     )
@@ -53,8 +51,8 @@ BFLOAT16 = ("odd width", "uneven", "base wi")
 
 @pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, jnp.float32) for case in (*SMALL, *PUBLISHED)]
-    + [(case, jnp.bfloat16) for case in (*SMALL, *PUBLISHED) if case.name in BFLOAT16],
+    [(case, jnp.float32) for case in ON_CPU]
+    + [(case, jnp.bfloat16) for case in ON_CPU if case.name in BFLOAT16],
     ids=[*NAMES, *(f"{name} bfloat16" for name in BFLOAT16)],
 )
 def test_every_shape(case, dtype):
@@ -66,7 +64,7 @@ def test_every_shape(case, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("case", [*SMALL, *PUBLISHED], ids=NAMES)
+@pytest.mark.parametrize("case", [*SMALL, *PUBLISHED], ids=lambda case: case.name)
 def test_every_shape_on_the_device(case, dtype):
     *arguments, products = inputs(case, dtype)
     found = sub1_matmul.sub1_matmul(*arguments, implementation="pallas")
@@ -84,22 +82,6 @@ def test_no_tokens_at_all():
     *arguments, _ = inputs(case)
     found = sub1_matmul.sub1_matmul(*arguments, implementation="xla")
     assert found.shape == (0, 8)
-
-
-@pytest.mark.parametrize("height", [1, 2, 8])
-@hypothesis.settings(max_examples=50, deadline=None)
-@hypothesis.given(cuts=st.lists(st.integers(0, 40), min_size=5, max_size=5))
-def test_tiles_hold_every_token_once_and_one_expert_each(cuts, height):
-    tokens = 40
-    sizes = np.diff([0, *sorted(cuts)])
-    tiles = TILES(jnp.asarray(sizes, jnp.int32), tokens, height)
-    owner = np.repeat(np.arange(6), [*sizes, tokens - sizes.sum()])
-    seen = []
-    for expert, first, stop in zip(*map(np.asarray, jax.tree.leaves(tiles)), strict=True):
-        assert stop - first <= height
-        assert (owner[first:stop] == expert).all()
-        seen += range(first, stop)
-    assert seen == list(range(tokens))
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,17 @@ def test_nothing_at_a_url(served, tmp_path):
         t5x.open_checkpoint(f"{served(tmp_path)}/checkpoint_5")
 
 
+def test_an_absurd_shape_does_not_end_the_process(copy):
+    """TensorStore would not survive the allocation."""
+    folder = copy("2024")
+    path = folder / "state" / "target.token_embedder.embedding" / ".zarray"
+    metadata = json.loads(path.read_text())
+    path.write_text(json.dumps(metadata | {"shape": [1 << 33, metadata["shape"][1]]}))
+    checkpoint = t5x.open_checkpoint(folder)
+    with pytest.raises(CheckpointError, match="`token_embedder/embedding`"):
+        t5x.read(checkpoint, "token_embedder/embedding")
+
+
 def cut(path, size):
     os.truncate(path, size)
 

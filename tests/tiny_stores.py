@@ -52,6 +52,7 @@ class Kind:
     group_size: int | None = None
     dtype: Any = np.float32
     config: SwitchConfig = CONFIG
+    groups: tuple[tuple[int, int], ...] = GROUPS  # bounds, of each layer
 
 
 def header(kind: Kind) -> Header:
@@ -101,7 +102,7 @@ def _record(kind: Kind, seed: int, shape: tuple[int, int, int]) -> Any:
 def commits(kind: Kind) -> Iterator[tuple[Any, ...]]:
     """The functions and arguments (without the path) that fill a store, in no special order."""
     for place in reversed(PLACES):
-        for bounds in reversed(GROUPS):
+        for bounds in reversed(kind.groups):
             yield packed.commit_experts, *place, bounds[0], experts(kind, place, bounds)
     everything = params(kind)
     for prefix in ("encoder/layers_0/", "encoder/layers_1/", "decoder/layers_0/"):

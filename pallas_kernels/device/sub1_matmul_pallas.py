@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.device import rows_of_words
 from pallas_kernels.packed import PackedExperts
-from pallas_kernels.sub1_matmul import TokenTiles
+from pallas_kernels.token_tiles import TokenTiles
 
 
 @functools.partial(jax.jit, static_argnames=("height", "checked", "interpret"))

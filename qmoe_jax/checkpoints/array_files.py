@@ -12,6 +12,8 @@ import math
 import os
 import pathlib
 import re
+import secrets
+import shutil
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
@@ -187,6 +189,46 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError):
             raise _cannot_write(path, error) from error
         raise
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """Makes a folder whose files are written in the block; it appears when that ends well.
+
+    Returns:
+      In the block, the folder under a temporary name beside its own; nothing remains of it if the
+      block raises.
+
+    Raises:
+      CheckpointError: see `check_new`; it cannot be written.
+    """
+    check_new(folder)
+    target = pathlib.Path(folder).absolute()
+    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        check_new(folder)
+        os.rename(temporary, target)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {target}: {_reason(error)}. Free space on that disk, or choose another "
+            "folder."
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def check_new(folder: str | os.PathLike[str]) -> None:
+    """Checks that `folder` is a local path where nothing lies.
+
+    Raises:
+      CheckpointError: it exists already, or is a URL.
+    """
+    if "://" in os.fspath(folder) or os.path.lexists(folder):
+        raise CheckpointError(
+            f"{folder} exists already, or is no local folder: choose one that does not exist."
+        )
 
 
 def field(value: Any, key: str, kind: type) -> Any:

@@ -10,8 +10,6 @@ import json
 import math
 import os
 import pathlib
-import secrets
-import shutil
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -26,7 +24,6 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS, Shape, Stack, SwitchConfig
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-_GROUP_BYTES = 256 << 20  # of dense experts at a time
 _NO_DROPS = 1 << 20  # tokens an expert takes of one sequence: more than any sequence has
 
 
@@ -60,25 +57,24 @@ def save(
             f"{max_shard_bytes}"
         )
     settings = _settings(checkpoint, dtype)
-    target = pathlib.Path(folder).absolute()
-    if "://" in os.fspath(folder) or os.path.lexists(target):
-        raise CheckpointError(
-            f"{folder} exists already, or is no local folder: choose one that does not exist."
-        )
-    temporary = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
-        temporary.mkdir(parents=True)
+    with array_files.new_folder(folder) as temporary:
         _write_json(temporary / "config.json", settings)
         _write_weights(temporary, checkpoint, _DTYPES[dtype], max_shard_bytes)
-        os.rename(temporary, target)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {target}: {error.strerror or error}. Free space on that disk, or choose "
-            "another folder."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    return pathlib.Path(folder).absolute()
+
+
+def check(checkpoint: Source) -> None:
+    """Checks that transformers has a class for the model.
+
+    Raises:
+      CheckpointError: gated experts, or a pattern of layers that it cannot express.
+    """
+    _settings(checkpoint, "float32")
+
+
+def nbytes(config: SwitchConfig, dtype: Literal["float32", "bfloat16"]) -> int:
+    """Bytes of all tensors that `save` writes."""
+    return _DTYPES[dtype].itemsize * sum(math.prod(shape) for _, shape in _planned(config))
 
 
 def _settings(checkpoint: Source, dtype: str) -> dict[str, Any]:
@@ -178,7 +174,7 @@ def _plan(config: SwitchConfig, dtype: np.dtype, max_shard_bytes: int) -> list[d
 
 def _planned(config: SwitchConfig) -> Iterator[tuple[str, Shape]]:
     shapes = configs.param_shapes(config)
-    for path in itertools.chain(*_read_together(config)):
+    for path in itertools.chain(*source.dense_reads(config)):
         for name in _hf_names(path):
             yield name, shapes[path][::-1] if huggingface.is_transposed(path) else shapes[path]
     for (stack, layer), expert in itertools.product(_sparse(config), range(config.num_experts)):
@@ -189,32 +185,15 @@ def _planned(config: SwitchConfig) -> Iterator[tuple[str, Shape]]:
 
 def _tensors(checkpoint: Source) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """All tensors by their names in transformers, in the order of `_planned`."""
-    config = checkpoint.config
-    for paths in _read_together(config):
-        arrays = checkpoint.read(paths)
-        source.check_finite(checkpoint, arrays)
-        for path in paths:
+    for arrays in source.dense_arrays(checkpoint):
+        for path, array in arrays.items():
             for name in _hf_names(path):
-                transposed = huggingface.is_transposed(path)
-                yield name, arrays[path].T if transposed else arrays[path]
-    expert_bytes = 4 * len(configs.expert_matrices(config)) * config.emb_dim * config.expert_mlp_dim
-    group_size = max(1, min(config.num_experts, _GROUP_BYTES // expert_bytes))
-    for stack, layer in _sparse(config):
-        prefix = f"{stack}/layers_{layer}/mlp/expert"
-        for group in checkpoint.expert_groups(stack, layer, group_size):
-            source.check_finite(checkpoint, group.arrays, f"{prefix}/")
-            for at in range(group.stop - group.start):
-                for matrix in configs.expert_matrices(config):
-                    name = huggingface.hf_name(f"{prefix}/{matrix}/kernel")
-                    yield name.format(group.start + at), group.arrays[matrix][at].T
-
-
-def _read_together(config: SwitchConfig) -> Iterator[list[str]]:
-    """T5X paths of all that are no experts: those outside of all layers, then layer by layer."""
-    yield configs.outer_paths(config)
-    for stack in STACKS:
-        for layer in range(configs.num_layers(config, stack)):
-            yield configs.dense_paths(config, stack, layer)
+                yield name, array.T if huggingface.is_transposed(path) else array
+    for prefix, group in source.expert_arrays(checkpoint):
+        for at in range(group.stop - group.start):
+            for matrix in configs.expert_matrices(checkpoint.config):
+                name = huggingface.hf_name(f"{prefix}/{matrix}/kernel")
+                yield name.format(group.start + at), group.arrays[matrix][at].T
 
 
 def _hf_names(path: str) -> tuple[str, ...]:

@@ -2,7 +2,9 @@
 """Directories as TensorStore key-value stores: local paths and URLs take one road."""
 
 import contextlib
+import logging
 import os
+import re
 from collections.abc import Iterator
 
 import tensorstore as ts
@@ -10,8 +12,9 @@ import tensorstore as ts
 from qmoe_jax.checkpoints.errors import CheckpointError
 
 # What TensorStore raises when a store cannot be reached or a stored array cannot be decoded.
-FAILURES = (ValueError, RuntimeError, OSError, LookupError)
-_SHOWN = 300  # characters of the beginning, and of the end, of what TensorStore says
+FAILURES = (ValueError, RuntimeError, OSError, LookupError, MemoryError)
+_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+_SHOWN = 300  # characters of the beginning, and of the end, of a long reason
 
 
 def location(path: str | os.PathLike[str]) -> str:
@@ -81,9 +84,22 @@ def open_zarr(store: ts.KvStore, directory: str) -> ts.Future[ts.TensorStore]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, in a line: TensorStore may quote the whole file."""
+    """What went wrong, in a line: TensorStore and Orbax tell it by the page."""
     text = " ".join(str(error).split())
+    if code := _SYSTEM_ERROR.search(text):  # TensorStore says it somewhere in the page
+        return os.strerror(int(code[1]))
     return text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
+
+
+@contextlib.contextmanager
+def orbax_unlogged() -> Iterator[None]:
+    """Keeps Orbax from logging, by the page, what it raises."""
+    log = logging.getLogger("absl")
+    was_disabled, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = was_disabled
 
 
 @contextlib.contextmanager

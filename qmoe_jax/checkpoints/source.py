@@ -12,13 +12,15 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pallas_kernels.packed import PackedExperts, UniformExperts
-from qmoe_jax.checkpoints import huggingface, packed, published, t5x, t5x_experts
+from qmoe_jax.checkpoints import huggingface, orbax_pack, packed, published, t5x, t5x_experts
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.codec import packing, uniform
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack, SwitchConfig
+
+_GROUP_BYTES = 256 << 20  # of dense experts at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +63,10 @@ def open_source(
     if published.is_published(pathlib.Path(path)):
         raise CheckpointError(
             f"{path} is a pack of the published QMoE code: import it first (--run_mode=import)."
+        )
+    if orbax_pack.is_orbax_pack(pathlib.Path(path)):
+        raise CheckpointError(
+            f"{path} is a packed checkpoint in Orbax's form: import it first (--run_mode=import)."
         )
     if huggingface.is_huggingface(pathlib.Path(path)):
         return _huggingface_source(huggingface.open_checkpoint(pathlib.Path(path)))
@@ -124,6 +130,48 @@ def all_params(source: Source) -> dict[str, np.ndarray]:
     return params
 
 
+def dense_reads(config: SwitchConfig) -> Iterator[list[str]]:
+    """T5X paths of all that are no experts, as they are read together: outer, layer by layer."""
+    yield configs.outer_paths(config)
+    for stack in configs.STACKS:
+        for layer in range(configs.num_layers(config, stack)):
+            yield configs.dense_paths(config, stack, layer)
+
+
+def dense_arrays(source: Source) -> Iterator[dict[str, Shaped[np.ndarray, "..."]]]:
+    """All parameters that are no experts by their T5X paths, in the batches of `dense_reads`.
+
+    Raises:
+      CheckpointError: one holds NaN or infinity, or the source is damaged.
+    """
+    for paths in dense_reads(source.config):
+        arrays = dict(source.read(paths))
+        check_finite(source, arrays)
+        yield arrays
+
+
+def expert_arrays(
+    source: Source, group_bytes: int = _GROUP_BYTES
+) -> Iterator[tuple[str, ExpertGroup]]:
+    """All experts, layer by layer, in groups of about `group_bytes` as float32.
+
+    Returns:
+      The path that a layer's experts are below, such as `encoder/layers_1/mlp/expert`, and a group.
+
+    Raises:
+      CheckpointError: a value is NaN or infinity, or the source is damaged.
+    """
+    config = source.config
+    expert_bytes = 4 * len(configs.expert_matrices(config)) * config.emb_dim * config.expert_mlp_dim
+    group_size = max(1, min(config.num_experts, group_bytes // expert_bytes))
+    for stack in configs.STACKS:
+        for layer in configs.sparse_layers(config, stack):
+            prefix = f"{stack}/layers_{layer}/mlp/expert"
+            for group in source.expert_groups(stack, layer, group_size):
+                check_finite(source, group.arrays, f"{prefix}/")
+                yield prefix, group
+
+
 def check_finite(source: Source, params: Mapping[str, np.ndarray], prefix: str = "") -> None:
     """Refuses NaN and infinities, by whatever damage they came; names are completed by `prefix`.
 
@@ -172,7 +220,7 @@ def _packed_source(checkpoint: PackedCheckpoint) -> Source:
     )
 
 
-def dense_kernel(record: packed.Experts, first: int, count: int) -> Shaped[np.ndarray, "E C R"]:
+def dense_kernel(record: packed.Experts, first: int, count: int) -> Shaped[np.ndarray, "count C R"]:
     """Some experts of one matrix, dequantized, with T5X's axes `[expert, in, out]`."""
     part = slice(first, first + count)
     if isinstance(record, PackedExperts):

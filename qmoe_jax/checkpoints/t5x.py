@@ -217,17 +217,21 @@ def read_many(
     Raises:
       CheckpointError: unknown name; a file missing, damaged or unlike what opening found.
     """
-    arrays = open_arrays(checkpoint, names)
-    pending = {name: array.read() for name, array in arrays.items()}
-    values = {}
+    pending, values = {}, {}
+    for name, array in open_arrays(checkpoint, names).items():
+        with kvstore.explained(checkpoint.path, name):
+            # NumPy says what it cannot allocate; TensorStore would end the process.
+            values[name] = np.empty(array.shape, array.dtype.numpy_dtype)
+            pending[name] = ts.array(values[name]).write(array)
     for name in names:
         leaf = checkpoint.leaves[name]
         if leaf.inline is not None:
             values[name] = leaf.inline.copy()
             continue
         with kvstore.explained(checkpoint.path, name):
-            values[name] = pending[name].result().view(leaf.dtype)
-    return values
+            pending[name].result()
+        values[name] = values[name].view(leaf.dtype)
+    return {name: values[name] for name in names}
 
 
 def read(checkpoint: T5xCheckpoint, name: str) -> Shaped[np.ndarray, "..."]:

@@ -54,7 +54,8 @@ def create(
       CheckpointError: the checkpoint exists already; `path` is a URL; an expert was left out; the
         disk is full. Nothing remains of a checkpoint that was not finished.
     """
-    target = _target(path, step)
+    check(path, step)
+    target = checkpoint_path(path, step)
     directory = target.with_name(f"{target.name}.tmp-{secrets.token_hex(4)}")
     with _explained(target):
         directory.mkdir(parents=True)
@@ -67,7 +68,17 @@ def create(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _target(path: str | os.PathLike[str], step: int) -> pathlib.Path:
+def checkpoint_path(path: str | os.PathLike[str], step: int) -> pathlib.Path:
+    """The directory of a step."""
+    return pathlib.Path(path).absolute() / f"checkpoint_{step}"
+
+
+def check(path: str | os.PathLike[str], step: int) -> None:
+    """Checks that the step may be written below `path`.
+
+    Raises:
+      CheckpointError: it exists already; `path` is a URL; no such step can be.
+    """
     if "://" in os.fspath(path):
         raise CheckpointError(
             f"cannot write to {os.fspath(path)}: a finished checkpoint is renamed, which object "
@@ -75,9 +86,7 @@ def _target(path: str | os.PathLike[str], step: int) -> pathlib.Path:
         )
     if not 0 <= step < 1 << 31:
         raise CheckpointError(f"expected a step from 0 to 2^31 - 1, got {step}")
-    target = pathlib.Path(path).absolute() / f"checkpoint_{step}"
-    _refuse_existing(target)
-    return target
+    _refuse_existing(checkpoint_path(path, step))
 
 
 def _refuse_existing(target: pathlib.Path) -> None:
@@ -229,4 +238,4 @@ def save(
                 add_experts(writer, name, array.shape, array.dtype)(0, array)
             else:
                 add(writer, name, array)
-    return pathlib.Path(path).absolute() / f"checkpoint_{step}"
+    return checkpoint_path(path, step)

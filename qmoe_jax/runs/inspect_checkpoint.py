@@ -12,7 +12,7 @@ from typing import Any
 import rich.console
 import rich.table
 
-from qmoe_jax.checkpoints import huggingface, packed, published, source, t5x
+from qmoe_jax.checkpoints import huggingface, orbax_pack, packed, published, source, t5x
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import SwitchConfig
 
@@ -33,7 +33,7 @@ class Description:
     """What a checkpoint is; no value of a parameter has been read."""
 
     path: str
-    format: str  # "t5x", "huggingface", "packed" or "published"
+    format: str  # "t5x", "huggingface", "packed", "orbax" or "published"
     config: SwitchConfig
     step: int | None
     nbytes: int  # of all parameters as stored
@@ -56,7 +56,8 @@ def inspect_checkpoint(
     """Prints what a checkpoint of any format holds.
 
     Args:
-      checkpoint_path: T5X's, Hugging Face's, a packed checkpoint, or a pack of the published code.
+      checkpoint_path: T5X's, Hugging Face's, a packed checkpoint (also in Orbax), or a pack of
+        the published code.
       list_parameters: also print every parameter.
       dry_run: changes nothing, for nothing is ever written.
       console: where it goes; None: standard output.
@@ -66,6 +67,7 @@ def inspect_checkpoint(
     """
     console = console or rich.console.Console()
     description = describe(checkpoint_path)
+    console.print(description.path, soft_wrap=True, markup=False, highlight=False)
     console.print(summary(description))
     if list_parameters:
         console.print(parameter_table(description))
@@ -85,6 +87,8 @@ def describe(path: str | os.PathLike[str]) -> Description:
         return Description(
             str(path), published.FORMAT, found.config, None, found.nbytes, arrays, {}
         )
+    if orbax_pack.is_orbax_pack(pathlib.Path(path)):
+        return _orbax(orbax_pack.open_checkpoint(pathlib.Path(path)))
     opened = source.open_source(path)
     arrays, provenance = (), {}
     if opened.format == "t5x":
@@ -94,7 +98,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
     elif opened.format == "packed":
         store = packed.open_checkpoint(pathlib.Path(opened.path))
         arrays = tuple(_packed_arrays(store))
-        provenance = {"source": store.header.source, "settings": store.header.settings}
+        provenance = _provenance(store)
     return Description(
         opened.path, opened.format, opened.config, opened.step, opened.nbytes, arrays, provenance
     )
@@ -103,8 +107,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
 def summary(description: Description) -> rich.table.Table:
     """The checkpoint in about fifteen lines."""
     config = description.config
-    table = rich.table.Table(show_header=False)
-    table.add_row("checkpoint", description.path)
+    table = rich.table.Table("", rich.table.Column(overflow="fold"), show_header=False)
     table.add_row("format", description.format)
     table.add_row("step", "unknown" if description.step is None else f"{description.step:,}")
     for stack in configs.STACKS:
@@ -195,6 +198,29 @@ def _packed_arrays(store: packed.PackedCheckpoint) -> Iterator[StoredArray]:
                 if key.startswith(f"{matrix}/")
             )
             yield StoredArray(name, shapes[name], store.header.codec, nbytes, pieces)
+
+
+def _orbax(checkpoint: orbax_pack.OrbaxPack) -> Description:
+    """The packed checkpoint that it holds; sizes are those that it has as such."""
+    store = checkpoint.store
+    arrays = tuple(
+        dataclasses.replace(array, pieces="one array a layer" if array.pieces else "")
+        for array in _packed_arrays(store)
+    )
+    step = store.header.source.get("step")
+    return Description(
+        str(checkpoint.path),
+        "orbax",
+        store.header.config,
+        step,
+        store.nbytes,
+        arrays,
+        _provenance(store),
+    )
+
+
+def _provenance(store: packed.PackedCheckpoint) -> dict[str, Any]:
+    return {"source": store.header.source, "settings": store.header.settings}
 
 
 def _published_arrays(checkpoint: published.PublishedCheckpoint) -> Iterator[StoredArray]:

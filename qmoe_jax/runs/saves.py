@@ -6,8 +6,6 @@ state, written by Orbax together with the settings it came from. Both appear com
 """
 
 import contextlib
-import logging
-import os
 import pathlib
 import re
 import shutil
@@ -23,9 +21,7 @@ from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.training.step import TrainState
 
 STATE = "train_state"
-REASON_SHOWN = 200  # characters
 _CHECKPOINT = re.compile(r"checkpoint_(\d+)")
-_SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 class Saved(NamedTuple):
@@ -90,22 +86,15 @@ def _managed(model_dir: pathlib.Path, writes: bool = False) -> Iterator[ocp.Chec
         cleanup_tmp_directories=writes,
         enable_async_checkpointing=False,
     )
-    log = logging.getLogger("absl")
-    was_disabled, log.disabled = log.disabled, True  # Orbax logs what it raises, by the page
     try:
-        with ocp.CheckpointManager(folder, options=options) as manager:
+        with kvstore.orbax_unlogged(), ocp.CheckpointManager(folder, options=options) as manager:
             yield manager
     except kvstore.FAILURES as error:
         raise CheckpointError(_trouble(folder, error, writes)) from error
-    finally:
-        log.disabled = was_disabled
 
 
 def _trouble(folder: pathlib.Path, error: Exception, writes: bool) -> str:
-    reason = str(error)
-    if code := _SYSTEM_ERROR.search(reason):  # TensorStore says it somewhere in a page
-        reason = os.strerror(int(code[1]))
-    reason = reason if len(reason) < REASON_SHOWN else f"{reason[:REASON_SHOWN]}..."
+    reason = kvstore.reason(error)
     if writes:
         return (
             f"{folder} cannot be written ({reason}): free space on that disk (or let it be "

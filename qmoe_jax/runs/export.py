@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a checkpoint in the form that other programs read."""
+
+import dataclasses
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import rich.console
+
+from qmoe_jax.checkpoints import (
+    array_files,
+    huggingface_writer,
+    orbax_pack,
+    orbax_pack_writer,
+    packed,
+    source,
+    t5x_export,
+    t5x_msgpack,
+    t5x_writer,
+)
+from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.source import Source
+from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
+from qmoe_jax.models import config as configs
+from qmoe_jax.models.config import Stack
+from qmoe_jax.runs import progress
+from qmoe_jax.runs.progress import Progress
+
+_DRY = "dry run: inputs are sound, nothing was written"
+
+
+def export(
+    checkpoint_path: str,
+    output_dir: str,
+    export_format: Literal["t5x", "huggingface", "orbax"],
+    *,
+    export_dtype: Literal["float32", "bfloat16"] | None = None,
+    max_shard_bytes: int = 5 << 30,
+    dry_run: bool = False,
+    console: rich.console.Console | None = None,
+) -> None:
+    """Writes a checkpoint of any readable format as another program's.
+
+    Args:
+      checkpoint_path: a packed checkpoint, a T5X checkpoint or a Hugging Face folder; for Orbax a
+        packed checkpoint.
+      output_dir: a new folder; for T5X the one that holds, or will hold, `checkpoint_{step}`.
+      export_format: `"t5x"` and `"huggingface"` are dequantized, `"orbax"` stays packed.
+      export_dtype: of what is dequantized; None: float32. Orbax keeps what is stored.
+      max_shard_bytes: of one file's tensors, for Hugging Face.
+      dry_run: check everything and stop.
+      console: where progress goes; None: standard output.
+
+    Raises:
+      ValueError: a damaged checkpoint, one that the format cannot express, a folder that is taken,
+        too small a disk (all CheckpointError); a setting that cannot be.
+    """
+    console = console or rich.console.Console()
+    output = pathlib.Path(output_dir)
+    if max_shard_bytes < 1:
+        raise ValueError(f"MAX_SHARD_BYTES is {max_shard_bytes}; expected 1 or more")
+    if export_format == "orbax":
+        if export_dtype is not None:
+            raise ValueError(
+                f"EXPORT_DTYPE is {export_dtype!r}, but EXPORT_FORMAT orbax keeps packed experts "
+                "as they are: leave it None, or export to t5x or huggingface"
+            )
+        _export_packed(pathlib.Path(checkpoint_path), output_dir, dry_run, console)
+        return
+    # A T5X checkpoint whose chunks hold many experts is cut anew on the disk that it goes to.
+    checkpoint = source.open_source(checkpoint_path, scratch_dir=_existing(output))
+    dtype = export_dtype or "float32"
+    if export_format == "t5x":
+        t5x_writer.check(output_dir, checkpoint.step or 0)
+    else:
+        array_files.check_new(output_dir)
+        huggingface_writer.check(checkpoint)
+        _check_disk(output, huggingface_writer.nbytes(checkpoint.config, dtype))
+    parameters = sum(map(math.prod, configs.param_shapes(checkpoint.config).values()))
+    console.print(
+        f"{checkpoint.path} ({checkpoint.format}): {parameters:,} parameters in {dtype}, "
+        f"{parameters * t5x_msgpack.parse_dtype(dtype).itemsize:,} bytes",
+        soft_wrap=True,
+    )
+    if dry_run:
+        console.print(_DRY)
+        return
+    with progress.showing(float(parameters), console) as bar:
+        watched = _watched(checkpoint, bar)
+        if export_format == "t5x":
+            written = t5x_export.save(output_dir, watched, dtype)
+        else:
+            written = huggingface_writer.save(
+                output_dir, watched, dtype, max_shard_bytes=max_shard_bytes
+            )
+    _print_result(written, console)
+
+
+def _export_packed(
+    path: pathlib.Path, output_dir: str, dry_run: bool, console: rich.console.Console
+) -> None:
+    array_files.check_new(output_dir)
+    if not packed.is_packed(path):
+        raise CheckpointError(
+            f"{path} is no packed checkpoint, which is what EXPORT_FORMAT orbax takes: compress it "
+            "first, or import a published pack."
+        )
+    store = packed.open_checkpoint(path)
+    leaves = orbax_pack.leaves(store)
+    nbytes = sum(leaf.nbytes for leaf in leaves.values())
+    console.print(f"{path}: {len(leaves):,} arrays, {nbytes:,} bytes", soft_wrap=True)
+    if dry_run:
+        console.print(_DRY)
+        return
+    # Of each layer, as Orbax sorts them; its names have dots.
+    last = max(name for name in leaves if "/mlp/expert/" in name).rpartition("/mlp/")[2]
+    last = last.replace("/", ".")
+    with progress.showing(float(nbytes), console) as bar:
+
+        def written(name: str, size: int) -> None:
+            progress.advance(bar, float(size), name, 0, 0.0)
+            if name.endswith(last):
+                progress.line(bar, name.rpartition(".mlp.")[0])
+
+        result = orbax_pack_writer.save(output_dir, store, written=written)
+    _print_result(result, console)
+
+
+def _watched(checkpoint: Source, bar: Progress) -> Source:
+    """The same checkpoint; what is read of it is counted, in parameters."""
+
+    def read(names: Sequence[str]) -> Mapping[str, np.ndarray]:
+        arrays = checkpoint.read(names)
+        count = sum(array.size for array in arrays.values())
+        progress.advance(bar, float(count), "parameters that are no experts", 0, 0.0)
+        return arrays
+
+    def expert_groups(stack: Stack, layer: int, group_size: int) -> Iterator[ExpertGroup]:
+        name = f"{stack} block {layer + 1}"
+        for group in checkpoint.expert_groups(stack, layer, group_size):
+            count = sum(array.size for array in group.arrays.values())
+            progress.advance(bar, float(count), f"{name}, expert {group.stop}", 0, 0.0)
+            if group.stop == checkpoint.config.num_experts:
+                progress.line(bar, name)
+            yield group
+
+    return dataclasses.replace(checkpoint, read=read, expert_groups=expert_groups)
+
+
+def _existing(folder: pathlib.Path) -> pathlib.Path:
+    """The nearest folder above that is there already."""
+    return next(path for path in folder.absolute().parents if path.is_dir())
+
+
+def _check_disk(output: pathlib.Path, needed: int) -> None:
+    free = shutil.disk_usage(_existing(output)).free
+    if needed > free:
+        raise CheckpointError(
+            f"{output} would take {needed:,} bytes, and its disk has {free:,} free: free space "
+            "there, choose another OUTPUT_DIR, or EXPORT_DTYPE bfloat16."
+        )
+
+
+def _print_result(written: pathlib.Path, console: rich.console.Console) -> None:
+    nbytes = sum(path.stat().st_size for path in written.rglob("*") if path.is_file())
+    console.print(f"{written}: {nbytes:,} bytes", soft_wrap=True)
