@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the GPU kernels cost by their machine code, on a machine without a GPU.
+
+    python benchmarks/kernels_static.py
+
+Each kernel is compiled for the published shapes (`cuda_compile`). Lane-instructions a weight are 32
+times what a warp executes, beginning and end included, over the weights that it decodes; how often
+it runs through its loop follows from random packs of 88.5% zeros. `issue bound` is 128 lane-
+instructions a clock and multiprocessor at the given clock: what the kernel would reach if nothing
+else held it up. Memory, caches and latency are not in it.
+"""
+
+import argparse
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rich.console
+import rich.table
+
+from pallas_kernels import cuda_compile, testing
+from pallas_kernels.cuda_compile import CompiledKernel
+from pallas_kernels.device import (
+    gptq_block_pallas,
+    rows_of_words,
+    sub1_decode_pallas,
+    sub1_matmul_pallas,
+)
+from pallas_kernels.packed import PackedExperts
+from pallas_kernels.testing import Case
+from pallas_kernels.token_tiles import token_tiles
+from qmoe_jax.codec import dictionary
+from qmoe_jax.quantization import grids
+
+EXPERTS = 8
+SAMPLED_ROWS = 512  # whose lengths stand for all
+LANES = 128  # instructions a clock and multiprocessor
+Shape = jax.ShapeDtypeStruct
+ENTRIES = Shape((65_536,), jnp.uint32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Instructions of the GPU kernels")
+    parser.add_argument("--capability", type=int, default=90, help="80: A100; 90: H100, H200")
+    parser.add_argument("--multiprocessors", type=int, default=132)
+    parser.add_argument("--ghz", type=float, default=1.75)
+    given = parser.parse_args()
+    a_second = LANES * given.multiprocessors * given.ghz * 1e9
+    console = rich.console.Console(width=130)
+    console.print(decoding_table(given.capability, a_second))
+    console.print(gptq_table(given.capability, a_second))
+
+
+def decoding_table(capability: int, a_second: float) -> rich.table.Table:
+    """`sub1_matmul` with 1 and 8 tokens of each expert, and `sub1_decode`, in bfloat16."""
+    table = rich.table.Table(
+        *("kernel", "shape", "rows x columns", "registers", "spills", "instructions a weight"),
+        "issue bound, Tweights/s",
+    )
+    for case in testing.PUBLISHED:
+        for name, tokens in (("sub1_matmul", 1), ("sub1_matmul", 8), ("sub1_decode", 0)):
+            kernel = compiled(name, case, tokens, capability)
+            cost = lane_instructions(kernel, case) / max(tokens, 1)
+            table.add_row(
+                f"{name}, {tokens} token{'s'[: tokens > 1]}" if tokens else name,
+                case.name,
+                f"{case.rows} x {case.columns}",
+                str(kernel.registers),
+                str(kernel.spilled_bytes),
+                f"{cost:.2f}" + (" and token" if tokens > 1 else ""),
+                f"{a_second / cost / 1e12:.1f}",
+            )
+        table.add_section()
+    return table
+
+
+def compiled(name: str, case: Case, tokens: int, capability: int) -> CompiledKernel:
+    """The kernel for `EXPERTS` experts with as many tokens each."""
+    packed, dtype = abstract(case), jnp.dtype(jnp.bfloat16)
+    if name == "sub1_decode":
+
+        def decode(packed, entries, experts):
+            return sub1_decode_pallas.sub1_decode(packed, entries, experts, dtype)
+
+        arguments = (packed, ENTRIES, Shape((EXPERTS,), jnp.int32))
+        (kernel,) = cuda_compile.compile_kernels(decode, *arguments, capability=capability)
+        return kernel
+
+    def multiply(x, packed, entries, sizes):
+        tiles = token_tiles(sizes, EXPERTS * tokens, tokens)
+        return sub1_matmul_pallas.sub1_matmul(x, packed, entries, tiles, tokens)
+
+    x, sizes = Shape((EXPERTS * tokens, case.columns), dtype), Shape((EXPERTS,), jnp.int32)
+    (kernel,) = cuda_compile.compile_kernels(
+        multiply, x, packed, ENTRIES, sizes, capability=capability
+    )
+    return kernel
+
+
+@functools.cache
+def row_words(case: Case) -> np.ndarray:
+    """Words of some rows."""
+    sample = Case(case.name, SAMPLED_ROWS, case.columns, (1,))
+    packed = testing.random_packed(dictionary.nonzero_table(), sample)
+    return np.diff(packed.row_starts[0].astype(np.int64))
+
+
+def abstract(case: Case) -> PackedExperts:
+    """Shapes of `EXPERTS` such experts, without their data."""
+    words = 64 * math.ceil(row_words(case).mean() * case.rows / 64)
+    sample = testing.random_packed(dictionary.nonzero_table(), Case("", 1, case.columns, (1,)))
+    arrays = {
+        "codes": Shape((1, EXPERTS * words), jnp.uint16),
+        "expert_bases": Shape((EXPERTS,), jnp.uint32),
+        "row_starts": Shape((EXPERTS, case.rows + 1), jnp.uint32),
+        "row_values": Shape((EXPERTS, case.rows, 2), jnp.bfloat16),
+    }
+    leaves, structure = jax.tree.flatten(sample)
+    packed = jax.tree.unflatten(structure, [*arrays.values()])
+    assert len(leaves) == len(arrays)
+    object.__setattr__(packed, "shape", (EXPERTS, case.rows, case.columns))
+    return packed
+
+
+def lane_instructions(kernel: CompiledKernel, case: Case) -> float:
+    """Executed for each weight."""
+    shape = rows_of_words.shape(abstract(case))
+    words = row_words(case)
+    longest = words[: len(words) // shape.rows * shape.rows].reshape(-1, shape.rows).max(1)
+    trips = np.ceil(longest / shape.step)
+    return float(32 * kernel.executed(float(trips.mean())) / (shape.rows * case.columns))
+
+
+def gptq_table(capability: int, a_second: float) -> rich.table.Table:
+    """`gptq_block` for 16 experts of 1024 rows, and all blocks of 4096 columns."""
+    table = rich.table.Table(
+        *("kernel", "registers", "spills", "instructions a column", "4096 columns, ms")
+    )
+    experts, block, rows, columns = 16, 128, 1024, 4096
+    for bits in ("ternary", 2):
+
+        def solve(target, weights, scaled, grid, bits: grids.Bits = bits):
+            def nearest(weights, grid):
+                return grids.nearest(weights, grid, bits)
+
+            return gptq_block_pallas.gptq_block(target, weights, scaled, grid, nearest)
+
+        shapes = ((experts, block, rows),) * 2 + ((experts, block, block), (2, experts, 1, rows))
+        arrays = [Shape(shape, jnp.float32) for shape in shapes]
+        (kernel,) = cuda_compile.compile_kernels(solve, *arrays, capability=capability)
+        first, last = kernel.loops[-1]
+        programs = experts * math.ceil(rows / gptq_block_pallas.ROWS)
+        lanes = 32 * kernel.warps * programs * kernel.executed(block) * columns / block
+        table.add_row(
+            f"gptq_block, {bits}",
+            str(kernel.registers),
+            str(kernel.spilled_bytes),
+            str(last - first + 1),
+            f"{1000 * lanes / a_second:.2f}",
+        )
+    return table
+
+
+if __name__ == "__main__":
+    main()
