@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one error that readers and writers of checkpoints raise."""
+"""The errors that readers and writers of checkpoints raise."""
 
 _FIRST, _LAST = 1200, 400  # characters
 
@@ -13,3 +13,7 @@ class CheckpointError(ValueError):
     def __init__(self, message: str):
         too_long = len(message) > _FIRST + _LAST
         super().__init__(f"{message[:_FIRST]} ... {message[-_LAST:]}" if too_long else message)
+
+
+class NoCheckpointError(CheckpointError):
+    """No checkpoint of the expected format lies there; perhaps one of another."""

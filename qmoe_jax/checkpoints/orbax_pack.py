@@ -98,7 +98,7 @@ def open_checkpoint(folder: pathlib.Path) -> OrbaxPack:
             )
         manifest = array_files.field(found, "manifest", dict)
         store = packed_manifest.parse(path, manifest)
-        arrays = t5x_orbax.open_ocdbt(kvstore.open_store(str(path)))
+        arrays = t5x_orbax.open_ocdbt(kvstore.open_store(str(path)), str(path))
         _check_tree(store, t5x_orbax.resolve(arrays, _directories(leaves(store)), str(path)))
     return OrbaxPack(path, manifest, store, arrays)
 

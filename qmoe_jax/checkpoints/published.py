@@ -38,7 +38,7 @@ from qmoe_jax.models.config import Stack, SwitchConfig
 FORMAT = "published"
 EXPERTS_PER_GROUP = 16  # that of the published code
 
-_PARAMS, _SIZES = "noexp.pt", "sizes.pt"
+_PARAMS, SIZES = "noexp.pt", "sizes.pt"
 _AGAIN = "copy or download it again."
 _MATRICES = ("wi", "wo")
 _MAX_SIZE = 2**31
@@ -77,12 +77,12 @@ def open_checkpoint(folder: pathlib.Path) -> PublishedCheckpoint:
     tensors = huggingface.open_file(folder / _PARAMS)
     params = huggingface.named_as_t5x(folder, settings, tensors)
     config = _config(folder, settings, {path: stored[0] for path, stored in params.items()})
-    files = [folder / _PARAMS, folder / _SIZES]
+    files = [folder / _PARAMS, folder / SIZES]
     checkpoint = PublishedCheckpoint(
         path=folder,
         config=config,
         params={path: stored[0] for path, stored in params.items()},
-        sizes=_read_sizes(folder / _SIZES),
+        sizes=_read_sizes(folder / SIZES),
         nbytes=0,
     )
     files += _layer_files(checkpoint)
@@ -269,7 +269,7 @@ def _check_sizes(checkpoint: PublishedCheckpoint) -> None:
         name = min(different)
         what = "lacks" if name in expected else "has"
         raise CheckpointError(
-            f"{checkpoint.path / _SIZES} {what} `{name[:200]}`, unlike {_PARAMS}: copy or download "
+            f"{checkpoint.path / SIZES} {what} `{name[:200]}`, unlike {_PARAMS}: copy or download "
             "both again."
         )
 

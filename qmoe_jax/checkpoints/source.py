@@ -12,8 +12,17 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pallas_kernels.packed import PackedExperts, UniformExperts
-from qmoe_jax.checkpoints import huggingface, orbax_pack, packed, published, t5x, t5x_experts
-from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints import (
+    huggingface,
+    kvstore,
+    orbax_pack,
+    packed,
+    published,
+    remote,
+    t5x,
+    t5x_experts,
+)
+from qmoe_jax.checkpoints.errors import CheckpointError, NoCheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.codec import packing, uniform
@@ -21,6 +30,12 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack, SwitchConfig
 
 _GROUP_BYTES = 256 << 20  # of dense experts at a time
+# Files that tell the formats which are read from local folders alone; the first one found counts.
+_LOCAL_FORMATS = {
+    packed.MANIFEST: "a packed checkpoint",
+    published.SIZES: "a pack of the published QMoE code",
+    "config.json": "a Hugging Face folder",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +66,16 @@ def open_source(
     """Opens a T5X checkpoint, a Hugging Face folder or a packed store, whichever lies at `path`.
 
     Args:
-      path: a folder; of T5X checkpoints the step's folder, or the one that holds the steps.
+      path: a folder, of T5X checkpoints also a URL; of these the step's folder, or the one that
+        holds the steps.
       memory_budget, scratch_dir: see `t5x_experts.expert_groups`.
 
     Raises:
-      CheckpointError: it is none of them, or it is damaged.
+      CheckpointError: it is none of them, or it is damaged, or it has to be copied first.
       ValueError: its parameters are not those of a Switch Transformer.
     """
+    if remote.is_url(path):
+        return _t5x_source(_open_url(os.fspath(path)), memory_budget, scratch_dir)
     if packed.is_packed(pathlib.Path(path)):
         return _packed_source(packed.open_checkpoint(pathlib.Path(path)))
     if published.is_published(pathlib.Path(path)):
@@ -70,7 +88,26 @@ def open_source(
         )
     if huggingface.is_huggingface(pathlib.Path(path)):
         return _huggingface_source(huggingface.open_checkpoint(pathlib.Path(path)))
-    checkpoint = t5x.open_checkpoint(path)
+    return _t5x_source(t5x.open_checkpoint(path), memory_budget, scratch_dir)
+
+
+def _open_url(url: str) -> t5x.T5xCheckpoint:
+    try:
+        return t5x.open_checkpoint(url)
+    except NoCheckpointError as error:
+        store = kvstore.open_store(kvstore.location(url))
+        contents = kvstore.read_files(store, list(_LOCAL_FORMATS))
+        for content, name in zip(contents, _LOCAL_FORMATS.values(), strict=True):
+            if content is not None:
+                raise CheckpointError(
+                    f"{url} is {name}: copy it to a local folder first, and give that folder's path"
+                ) from error
+        raise
+
+
+def _t5x_source(
+    checkpoint: t5x.T5xCheckpoint, memory_budget: int, scratch_dir: pathlib.Path | None
+) -> Source:
     config = configs.config_from_shapes(t5x.shapes(checkpoint))
     t5x.open_arrays(checkpoint, list(checkpoint.leaves))  # a missing array shows now, not in hours
 

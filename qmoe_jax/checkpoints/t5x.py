@@ -20,7 +20,7 @@ import tensorstore as ts
 from jaxtyping import Shaped
 
 from qmoe_jax.checkpoints import kvstore, t5x_msgpack, t5x_orbax, t5x_tree
-from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.errors import CheckpointError, NoCheckpointError
 
 _MAX_SLACK = 1 << 30  # bytes by which one chunk may exceed its whole array
 
@@ -46,7 +46,8 @@ def open_checkpoint(path: str | os.PathLike[str]) -> T5xCheckpoint:
         then taken; local or a URL that TensorStore can open.
 
     Raises:
-      CheckpointError: nothing there, another format, or a malformed file.
+      CheckpointError: a malformed file, or one that cannot be read (NoCheckpointError: nothing
+        there, or another format).
     """
     location = kvstore.location(path)
     store = kvstore.open_store(location)
@@ -80,10 +81,12 @@ def _newest_step(store: ts.KvStore, location: str) -> int:
     matches = [pattern.fullmatch(name) for name in kvstore.list_files(store, "checkpoint_")]
     steps = [int(match[1]) for match in matches if match]
     if not steps:
-        raise CheckpointError(
+        # Google's driver takes a refused listing, of whatever reason, for an empty one.
+        same = "; a bucket that does not exist, or may not be listed, looks the same"
+        raise NoCheckpointError(
             f"{location} holds neither a T5X checkpoint (a file `checkpoint`, or Orbax's "
             "`state/_METADATA`) nor directories `checkpoint_{step}` with one; give the directory "
-            "of the step."
+            f"of the step{same if location.startswith('gs://') else ''}."
         )
     return max(steps)
 

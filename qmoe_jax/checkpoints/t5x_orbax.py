@@ -55,7 +55,9 @@ def find_layout(store: ts.KvStore, location: str) -> Layout | None:
                 "is incomplete, or it is no T5X checkpoint. Give the directory of a T5X step."
             )
         arrays = store / folder if folder else store
-        return Layout(folder, content, metadata, arrays if manifest is None else open_ocdbt(arrays))
+        if manifest is not None:
+            arrays = open_ocdbt(arrays, location)
+        return Layout(folder, content, metadata, arrays)
     if found[_STEP_FILE] is not None:
         raise CheckpointError(
             f"{location} is an Orbax checkpoint without T5X's folder `state`; give one that T5X "
@@ -64,15 +66,16 @@ def find_layout(store: ts.KvStore, location: str) -> Layout | None:
     return None
 
 
-def open_ocdbt(base: ts.KvStore) -> ts.KvStore:
-    """The store of arrays in a directory with a `manifest.ocdbt`.
+def open_ocdbt(base: ts.KvStore, location: str) -> ts.KvStore:
+    """The store of arrays in a directory with a `manifest.ocdbt`; `location` is its name in errors.
 
     Raises:
       CheckpointError: it cannot be opened.
     """
     cache = {"total_bytes_limit": _NODE_CACHE}
-    spec = {"driver": "ocdbt", "base": base.spec().to_json(), "cache_pool": cache}
-    with kvstore.explained(base.path, "manifest.ocdbt"):
+    base_spec = base.spec(retain_context=True).to_json()  # also how to retry and to log in
+    spec = {"driver": "ocdbt", "base": base_spec, "cache_pool": cache}
+    with kvstore.explained(location, "manifest.ocdbt"):
         return ts.KvStore.open(spec).result()
 
 

@@ -5,7 +5,8 @@ import pathlib
 
 import rich.console
 
-from qmoe_jax.checkpoints import orbax_pack, packed, published
+from qmoe_jax.checkpoints import orbax_pack, packed, published, remote
+from qmoe_jax.checkpoints.errors import CheckpointError
 
 
 def import_pack(
@@ -32,6 +33,10 @@ def import_pack(
         cannot be.
     """
     console = console or rich.console.Console()
+    if remote.is_url(checkpoint_path):
+        raise CheckpointError(
+            f"{checkpoint_path}: `import` reads local folders alone, copy it to one"
+        )
     source, output = pathlib.Path(checkpoint_path), pathlib.Path(output_dir)
     is_orbax = orbax_pack.is_orbax_pack(source)
     if dry_run:

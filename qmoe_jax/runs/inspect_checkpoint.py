@@ -12,7 +12,15 @@ from typing import Any
 import rich.console
 import rich.table
 
-from qmoe_jax.checkpoints import huggingface, orbax_pack, packed, published, source, t5x
+from qmoe_jax.checkpoints import (
+    huggingface,
+    orbax_pack,
+    packed,
+    published,
+    remote,
+    source,
+    t5x,
+)
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import SwitchConfig
 
@@ -81,7 +89,7 @@ def describe(path: str | os.PathLike[str]) -> Description:
       CheckpointError: there is none, or it is damaged.
       ValueError: its parameters are not those of a Switch Transformer.
     """
-    if published.is_published(pathlib.Path(path)):
+    if not remote.is_url(path) and published.is_published(pathlib.Path(path)):
         found = published.open_checkpoint(pathlib.Path(path))
         arrays = tuple(_published_arrays(found))
         return Description(
