@@ -4,11 +4,14 @@
 Orbax takes a tree whose arrays are all in memory; here an array is loaded when Orbax comes to it.
 """
 
+import asyncio
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import pathlib
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +27,8 @@ from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack
 
+_BATCH_BYTES = 128 << 20  # of arrays that are written together
+_QUIET_SECONDS = 0.3  # without a change in a folder: nobody is writing
 _MAX_SLABS = 64  # devices that may share a matrix; more slabs would be more padding
 
 
@@ -35,8 +40,8 @@ def save(
 ) -> pathlib.Path:
     """Writes a packed store as an Orbax checkpoint; all of it or nothing.
 
-    Memory holds the packed experts of one layer, as read and as stacked, and one array of them
-    twice more while Orbax writes it.
+    Memory holds the packed experts of one layer, as read and as stacked, and of what Orbax writes
+    at a time, 128 MiB or one array, twice more.
 
     Args:
       folder: a local folder that does not exist yet.
@@ -68,6 +73,7 @@ def save(
         except CheckpointError:
             raise
         except kvstore.FAILURES as error:
+            _settle(temporary)
             raise CheckpointError(
                 f"cannot write {folder}: {kvstore.reason(error)}. Free space on that disk, or "
                 "choose another folder."
@@ -86,6 +92,22 @@ def slabs(experts: int) -> int:
     return max(n for n in range(1, min(experts, _MAX_SLABS) + 1) if experts % n == 0)
 
 
+def _settle(folder: pathlib.Path) -> None:
+    """Waits for what TensorStore is still writing: it would make the folder again."""
+    before, now = None, _files(folder)
+    while now != before:
+        time.sleep(_QUIET_SECONDS)
+        before, now = now, _files(folder)
+
+
+def _files(folder: pathlib.Path) -> list[tuple[str, int]]:
+    found = []
+    for path in folder.rglob("*"):
+        with contextlib.suppress(OSError):  # renamed meanwhile
+            found.append((str(path), path.stat().st_size))
+    return sorted(found)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Unread:
     """A leaf that is loaded when Orbax writes it."""
@@ -95,7 +117,7 @@ class _Unread:
 
 
 class _LoadingHandler(ocp.type_handlers.NumpyHandler):
-    """Writes leaf after leaf as NumPy arrays, which is how Orbax restores them."""
+    """Writes NumPy arrays, which is how Orbax restores them, a few at a time."""
 
     def __init__(self, written: Callable[[str, int], None]):
         super().__init__()
@@ -103,20 +125,38 @@ class _LoadingHandler(ocp.type_handlers.NumpyHandler):
 
     async def serialize(self, values: Any, infos, args=None):
         del args
+        batch: list[tuple[np.ndarray, Any, ocp.SaveArgs]] = []
         for value, info in zip(values, infos, strict=True):
             array = value.load()
-            arg = ocp.SaveArgs()
-            if value.is_cut and array.ndim > 1:
-                # Orbax before 0.11.30 heeds the axes only where there is a size.
-                row_bytes = array.nbytes // array.shape[0]
-                arg = ocp.SaveArgs(chunk_byte_size=row_bytes, shard_axes=(0,))
-            for future in await super().serialize([array], [info], [arg]):
-                future.result()
-            self._written(info.name, array.nbytes)
+            if batch and sum(held.nbytes for held, *_ in batch) + array.nbytes > _BATCH_BYTES:
+                await self._write(batch)
+            batch.append((array, info, _save_args(array, value.is_cut)))
+        await self._write(batch)
         return []
+
+    async def _write(self, batch: list[tuple[np.ndarray, Any, ocp.SaveArgs]]) -> None:
+        """Several arrays at once: each commit writes the store's whole index again."""
+        serialize = super().serialize
+        begun = [serialize([array], [info], [args]) for array, info, args in batch]
+        # All have ended when the first failure is raised: none goes on without its event loop.
+        for futures in await asyncio.gather(*begun, return_exceptions=True):
+            if isinstance(futures, BaseException):
+                raise futures
+            for future in futures:
+                future.result()
+        for array, info, _ in batch:
+            self._written(info.name, array.nbytes)
+        batch.clear()
 
     def memory_size(self, values):
         return [(0, 0) for _ in values]  # for Orbax's log; they are not in memory
+
+
+def _save_args(array: np.ndarray, is_cut: bool) -> ocp.SaveArgs:
+    if not is_cut or array.ndim < 2:
+        return ocp.SaveArgs()
+    # Orbax before 0.11.30 heeds the axes only where there is a size.
+    return ocp.SaveArgs(chunk_byte_size=array.nbytes // array.shape[0], shard_axes=(0,))
 
 
 def _unread(store: PackedCheckpoint) -> dict[str, _Unread]:
