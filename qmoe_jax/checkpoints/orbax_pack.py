@@ -18,12 +18,11 @@ import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-import rich.console
 import tensorstore as ts
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Shaped
@@ -186,7 +185,7 @@ def import_checkpoint(
     folder: pathlib.Path,
     output_dir: pathlib.Path,
     *,
-    console: rich.console.Console | None = None,
+    committed: Callable[[str, bool], None] = lambda where, layer_done: None,
 ) -> PackedCheckpoint:
     """Writes the packed store again: the same files, groups and manifest, bit for bit.
 
@@ -195,7 +194,8 @@ def import_checkpoint(
     Args:
       folder: what `save` wrote.
       output_dir: a new or empty folder.
-      console: where one line a layer goes; None: nowhere.
+      committed: called after each of the manifest's entries with what was written, and whether it
+        completes a layer's experts.
 
     Raises:
       CheckpointError: the checkpoint is damaged, or the store cannot be written.
@@ -212,6 +212,7 @@ def import_checkpoint(
             name = file.name.removeprefix("params/").removesuffix(".bin")
             done = packed.commit_params(output_dir, name, _read(checkpoint, list(file.arrays)))
             _check_same(checkpoint, done, file)
+            committed(name, False)
             continue
         stack, layer = place = entry["stack"], entry["layer"]
         if place not in held:
@@ -221,8 +222,9 @@ def import_checkpoint(
         experts = _group(checkpoint, group, held[place])
         done = packed.commit_experts(output_dir, stack, layer, group.start, experts)
         _check_same(checkpoint, done, file)
-        if console is not None and group.stop == store.header.config.num_experts:
-            console.print(f"{stack} block {layer + 1}, {group.stop} experts")
+        experts_in_all = store.header.config.num_experts
+        where = f"{stack} block {layer + 1}, {experts_in_all} experts"
+        committed(where, group.stop == experts_in_all)
     return packed.finish(output_dir)
 
 

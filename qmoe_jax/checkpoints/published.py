@@ -15,12 +15,11 @@ import math
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import rich.console
 from jaxtyping import Shaped
 
 from pallas_kernels import packed as packed_lib
@@ -106,7 +105,7 @@ def import_checkpoint(
     output_dir: pathlib.Path,
     *,
     experts_per_group: int = EXPERTS_PER_GROUP,
-    console: rich.console.Console | None = None,
+    committed: Callable[[str, bool], None] = lambda where, layer_done: None,
 ) -> PackedCheckpoint:
     """Writes a pack of the published code as a packed store, word for word.
 
@@ -116,7 +115,8 @@ def import_checkpoint(
       folder: `config.json`, `noexp.pt`, `exp00.pt` and so on, `sizes.pt`.
       output_dir: a new or empty folder.
       experts_per_group: stored, and later read, together.
-      console: where one line a layer goes; None: nowhere.
+      committed: called after each of `num_commits` with what was written, and whether it completes
+        a layer's experts.
 
     Raises:
       CheckpointError: the pack is damaged, or the store cannot be written.
@@ -130,18 +130,26 @@ def import_checkpoint(
     config = checkpoint.config
     packed.create(output_dir, _header(checkpoint, experts_per_group))
     packed.commit_params(output_dir, "outer", read_params(checkpoint, ""))
+    committed("embedding", False)
     for number, (stack, layer) in enumerate(checkpoint.layers):
+        where = f"{_file(number)}: {stack} block {layer + 1}, {config.num_experts} experts"
         for start, experts in read_groups(checkpoint, number, experts_per_group):
             packed.commit_experts(output_dir, stack, layer, start, experts)
-        if console is not None:
-            console.print(
-                f"{_file(number)}: {stack} block {layer + 1}, {config.num_experts} experts"
-            )
+            committed(where, start + experts_per_group >= config.num_experts)
     for stack in configs.STACKS:
         for layer in range(configs.num_layers(config, stack)):
             own = read_params(checkpoint, f"{stack}/layers_{layer}/")
             packed.commit_params(output_dir, f"{stack}.layers_{layer}", own)
+            committed(f"{stack} block {layer + 1}", False)
     return packed.finish(output_dir)
+
+
+def num_commits(checkpoint: PublishedCheckpoint, experts_per_group: int) -> int:
+    """How many files `import_checkpoint` writes."""
+    config = checkpoint.config
+    groups = -(-config.num_experts // experts_per_group)
+    layers = sum(configs.num_layers(config, stack) for stack in configs.STACKS)
+    return 1 + layers + groups * len(checkpoint.layers)
 
 
 def read_params(

@@ -1,12 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes a packed checkpoint of a published pack, or of an Orbax checkpoint that `export` wrote."""
 
+import functools
 import pathlib
 
 import rich.console
 
 from qmoe_jax.checkpoints import orbax_pack, packed, published, remote
 from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.runs import progress
 
 
 def import_pack(
@@ -38,19 +40,29 @@ def import_pack(
             f"{checkpoint_path}: `import` reads local folders alone, copy it to one"
         )
     source, output = pathlib.Path(checkpoint_path), pathlib.Path(output_dir)
-    is_orbax = orbax_pack.is_orbax_pack(source)
-    if dry_run:
+    if orbax_pack.is_orbax_pack(source):
         packed.check_free(output)
-        if is_orbax:
-            orbax_pack.open_checkpoint(source)
-        else:
-            published.check_layers(published.open_checkpoint(source))
+        commits = len(orbax_pack.open_checkpoint(source).manifest["entries"])
+        write = functools.partial(orbax_pack.import_checkpoint, source, output)
+    else:
+        if experts_per_group < 1:
+            raise ValueError(f"EXPERTS_PER_GROUP is {experts_per_group}; expected 1 or more")
+        packed.check_free(output)
+        checkpoint = published.open_checkpoint(source)
+        published.check_layers(checkpoint)
+        commits = published.num_commits(checkpoint, experts_per_group)
+        write = functools.partial(
+            published.import_checkpoint, source, output, experts_per_group=experts_per_group
+        )
+    if dry_run:
         console.print("dry run: inputs are sound, nothing was written")
         return
-    if is_orbax:
-        store = orbax_pack.import_checkpoint(source, output, console=console)
-    else:
-        store = published.import_checkpoint(
-            source, output, experts_per_group=experts_per_group, console=console
-        )
+    with progress.showing(float(commits), console) as bar:
+
+        def committed(where: str, layer_done: bool) -> None:
+            progress.advance(bar, 1.0, where, 0, 0.0)
+            if layer_done:
+                progress.line(bar, where)
+
+        store = write(committed=committed)
     console.print(f"{output}: {store.nbytes:,} bytes", soft_wrap=True)
