@@ -5,6 +5,7 @@ JAX lowers for CUDA anywhere. What it would hand to the driver's compiler is a T
 the program; the `triton` package turns that into machine code with its own assembler.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import re
@@ -22,6 +23,7 @@ from jaxlib.triton import dialect
 from triton.backends.compiler import GPUTarget
 
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+_DEVICE_KINDS = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H100 80GB HBM3"}
 _CUSTOM_CALL = "__gpu$xla.gpu.triton"
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
@@ -63,7 +65,8 @@ def compile_kernels(
     Raises:
       RuntimeError: the function has no such kernel, or one does not compile.
     """
-    lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    with _aimed_at(capability):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     found = []
     module: Any = lowered.compiler_ir()
     for attributes in _custom_calls(module.operation):
@@ -74,6 +77,18 @@ def compile_kernels(
     if not found:
         raise RuntimeError("the program has no Triton kernel")
     return found
+
+
+def _aimed_at(capability: int) -> contextlib.AbstractContextManager[Any]:
+    """From JAX 0.11 on, Pallas lowers for the GPU that is there, or for one that is named."""
+    if jax.__version_info__ < (0, 11):
+        return contextlib.nullcontext()
+    sharding: Any = jax.sharding
+    device = sharding.AbstractDevice(_DEVICE_KINDS[capability], num_cores=None, platform="gpu")
+    axes = (sharding.AxisType.Explicit,)
+    return sharding.use_abstract_mesh(
+        sharding.AbstractMesh((1,), ("device",), axes, abstract_device=device)
+    )
 
 
 def _custom_calls(operation: Any) -> Iterator[Any]:
