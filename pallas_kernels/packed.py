@@ -7,10 +7,11 @@ are consecutive, so are an expert's rows, and every expert starts at a multiple 
     first word of row r of expert e = 64 * expert_bases[e] + row_starts[e, r]   (inside its slab)
 
 Which index arithmetic is safe: a matrix of all experts may hold billions of words, so the sum above
-does not fit 32 bits and is NEVER formed on a device. Read a slab as ``[words / 64, 64]`` and index
-it with `word_index`: the block ``expert_bases[e] + (offset >> 6)`` fits uint32 up to 2**38 words a
-slab. Device code with 64-bit pointers widens the base before it multiplies. On the host all sums
-are Python or int64 integers. An offset inside one expert fits uint32.
+does not fit 32 bits and is NEVER formed on a device. Read a slab as ``[words / 64, 64]``: the word
+at ``offset`` of an expert stands in block ``expert_bases[e] + (offset >> 6)``, which fits uint32 up
+to 2**38 words a slab, and lane ``offset & 63``. Device code with 64-bit pointers widens the base
+before it multiplies. On the host all sums are Python or int64 integers. An offset inside one expert
+fits uint32.
 
 Ternary levels ("trits"): 0 = zero, 1 = the row's min value, 2 = its max value.
 """
@@ -111,19 +112,6 @@ def local_view(packed: PackedExperts) -> PackedExperts:
     """The same arrays under the number of experts they really hold, for use inside `shard_map`."""
     experts = packed.expert_bases.shape[0]
     return dataclasses.replace(packed, shape=(experts, *packed.shape[1:]))
-
-
-def word_index(
-    packed: PackedExperts, expert: Int[HostOrDevice, "*n"], offset: UInt32[HostOrDevice, "*n"]
-) -> tuple[Int[HostOrDevice, "*n"], UInt32[HostOrDevice, "*n"], UInt32[HostOrDevice, "*n"]]:
-    """Where the word at `offset` of `expert` stands in ``codes.reshape(slabs, -1, 64)``.
-
-    Returns:
-      Slab, block and lane, each below 2**32 whatever the size of `codes`.
-    """
-    experts_per_slab = packed.expert_bases.shape[0] // packed.codes.shape[0]
-    block = packed.expert_bases[expert] + (offset >> 6)
-    return expert // experts_per_slab, block, offset & 63
 
 
 def word_entries(

@@ -5,8 +5,9 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int, UInt8, UInt32
 
 from pallas_kernels import implementation as implementations
 from pallas_kernels import packed as packed_lib
@@ -64,7 +65,7 @@ def sub1_decode_xla(
         dense = decode_expert(packed, entries, jnp.minimum(expert, count - 1), dtype)
         return jnp.where(expert < count, dense, jnp.zeros_like(dense))
 
-    return jax.lax.map(one, experts)
+    return lax.map(one, experts)
 
 
 def decode_expert(
@@ -73,23 +74,45 @@ def decode_expert(
     expert: Int[Array, ""],
     dtype: DTypeLike,
 ) -> Float[Array, "rows columns"]:
-    """One expert, chunk of words by chunk; for programs that XLA compiles.
+    """One expert's weights; for programs that XLA compiles."""
+    return dequantize(expert_trits(packed, entries, expert), packed.row_values[expert], dtype)
+
+
+def dequantize(
+    trits: UInt8[Array, "*experts rows columns"],
+    row_values: Float[Array, "*experts rows 2"],
+    dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "*experts rows columns"]:
+    """Weights of these trits; exact in bfloat16 and float32."""
+    low, high = (row_values[..., i, None].astype(dtype) for i in range(2))
+    zero = jnp.zeros((), dtype)
+    return jnp.where(trits == 1, low, jnp.where(trits == 2, high, zero))
+
+
+def expert_trits(
+    packed: PackedExperts, entries: UInt32[Array, " words"], expert: Int[Array, ""]
+) -> UInt8[Array, "rows columns"]:
+    """One expert's trits, chunk of words by chunk; for programs that XLA compiles.
 
     Every row expands to the same number of weights, so a running sum of word lengths over the whole
-    expert is the place of each word's first weight; rows need no starts.
+    expert is the place of each word's first weight; rows need no starts. Reads stay inside `codes`
+    whatever they hold. Any number of slabs.
     """
+    experts_per_slab = packed.expert_bases.shape[0] // packed.codes.shape[0]
     _, rows, columns = packed.shape
     width = columns + columns % 2
-    codes_BL = packed.codes.reshape(-1, BLOCK_WORDS)
+    codes_BL = jnp.asarray(packed.codes).reshape(-1, BLOCK_WORDS)
     chunk = min(_CHUNK_BLOCKS, codes_BL.shape[0])
-    base, words = packed.expert_bases[expert].astype(jnp.int32), packed.row_starts[expert, -1]
+    slab_blocks = codes_BL.shape[0] // packed.codes.shape[0]
+    base = packed.expert_bases[expert].astype(jnp.int32) + expert // experts_per_slab * slab_blocks
+    words = packed.row_starts[expert, -1]
     lane = jnp.arange(chunk * BLOCK_WORDS, dtype=jnp.uint32)
 
     def decode_chunk(state):
         block, place, trits = state
-        # A chunk that would leave the slab begins earlier; what it repeats is masked.
+        # A chunk that would leave the array begins earlier; what it repeats is masked.
         first = jnp.minimum(base + block, codes_BL.shape[0] - chunk)
-        codes = jax.lax.dynamic_slice_in_dim(codes_BL, first, chunk).reshape(-1)
+        codes = lax.dynamic_slice_in_dim(codes_BL, first, chunk).reshape(-1)
         word = lane + ((first - base) * BLOCK_WORDS).astype(jnp.uint32)  # wraps before the base
         inside = (word >= (block * BLOCK_WORDS).astype(jnp.uint32)) & (word < words)
         inside &= word < jnp.uint32(1 << 31)
@@ -106,10 +129,7 @@ def decode_expert(
         return block + chunk, place + ends[-1], trits
 
     state = (jnp.int32(0), jnp.int32(0), jnp.zeros(rows * width, jnp.uint8))
-    *_, trits = jax.lax.while_loop(
+    *_, trits = lax.while_loop(
         lambda state: (state[0] * BLOCK_WORDS).astype(jnp.uint32) < words, decode_chunk, state
     )
-    trits_RC = trits.reshape(rows, width)[:, :columns]
-    low, high = (packed.row_values[expert, :, i, None].astype(dtype) for i in range(2))
-    zero = jnp.zeros((), dtype)
-    return jnp.where(trits_RC == 1, low, jnp.where(trits_RC == 2, high, zero))
+    return trits.reshape(rows, width)[:, :columns]

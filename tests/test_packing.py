@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import packed as packed_lib
+from pallas_kernels import sub1_decode
 from qmoe_jax.codec import dictionary, packing
 
 QMOE = pathlib.Path(__file__).parent / "data" / "qmoe"
@@ -82,7 +83,7 @@ def test_one_sided_rows_of_the_published_code(goldens):
     ours = packing.pack_ternary(trits[None], np.asarray(theirs.row_values))
     for packed in (theirs, ours):
         unpacked = packing.unpack_ternary(packed)
-        restored = packing.dequantize_ternary(unpacked, jnp.asarray(packed.row_values))
+        restored = sub1_decode.dequantize(unpacked, jnp.asarray(packed.row_values))
         np.testing.assert_array_equal(restored[0], weights)
     words = np.diff(np.asarray(ours.row_starts[0]))
     two_sided = (np.asarray(theirs.row_values, np.float32)[0] != 0).all(axis=1)
@@ -150,7 +151,7 @@ def test_trits_of_value_zero_are_stored_as_zeros():
     expected[0, 3] = 0
     unpacked = packing.unpack_ternary(packed)
     np.testing.assert_array_equal(unpacked, expected)
-    before, after = (packing.dequantize_ternary(jnp.asarray(t), values) for t in (trits, unpacked))
+    before, after = (sub1_decode.dequantize(jnp.asarray(t), values) for t in (trits, unpacked))
     np.testing.assert_array_equal(before, after)
     assert int(packed.row_starts[0, 4] - packed.row_starts[0, 3]) == -(-200 // 28)
 
@@ -177,7 +178,7 @@ def test_sizes_of_a_slab_are_few_and_close():
 def test_dequantized_weights_are_row_values(dtype):
     trits = jnp.array([[[0, 1, 2], [2, 0, 1]]], jnp.uint8)
     values = jnp.array([[[-0.25, 3], [-7, 0.5]]], jnp.bfloat16)
-    weights = packing.dequantize_ternary(trits, values, dtype)
+    weights = sub1_decode.dequantize(trits, values, dtype)
     assert weights.dtype == dtype
     np.testing.assert_array_equal(weights, jnp.array([[[0, -0.25, 3], [0.5, 0, -7]]], dtype))
 

@@ -81,7 +81,7 @@ def test_random_packs_are_those_of_the_codec():
     again = packing.pack_ternary(trits, np.asarray(packed.row_values))
     words, fewest = (int(record.row_starts[0, -1]) for record in (packed, again))
     assert fewest <= words < 1.05 * fewest
-    dense = packing.dequantize_ternary(jnp.asarray(trits), jnp.asarray(packed.row_values))
+    dense = sub1_decode.dequantize(jnp.asarray(trits), jnp.asarray(packed.row_values))
     np.testing.assert_array_equal(dense, testing.dense(packed, ENTRIES).astype(np.float32))
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from pallas_kernels import sub1_decode
 from pallas_kernels.packed import PackedExperts, UniformExperts
 from qmoe_jax.checkpoints import (
     huggingface,
@@ -262,7 +263,7 @@ def dense_kernel(record: packed.Experts, first: int, count: int) -> Shaped[np.nd
     part = slice(first, first + count)
     if isinstance(record, PackedExperts):
         trits = packing.unpack_ternary(record, first, count)
-        kernel = packing.dequantize_ternary(trits, jnp.asarray(record.row_values[part]))
+        kernel = sub1_decode.dequantize(trits, jnp.asarray(record.row_values[part]))
     elif isinstance(record, UniformExperts):
         levels = uniform.unpack_uniform(record, first, count)
         scale, zero = jnp.asarray(record.scale[part]), jnp.asarray(record.zero[part])

@@ -2,8 +2,8 @@
 """Trits to `PackedExperts` and back: the "qmoe" codec (QMoE, arXiv 2310.16795, section 4).
 
 Every row is a string of its own: its trits are taken in pairs (an odd width ends in one extra zero)
-and parsed greedily into the longest words of the dictionary. Rows are parsed, and written out, all
-at once, one pair a step: the state of a row is a node of the trie, or a word and a place in it.
+and parsed greedily into the longest words of the dictionary. Rows are parsed all at once, one pair
+a step: the state of a row is a node of the trie. `pallas_kernels.sub1_decode` reads them again.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.typing import DTypeLike
 from jaxtyping import Array, BFloat16, Bool, Float, Int, Int32, UInt8, UInt16, UInt32
 
 from pallas_kernels import packed as packed_lib
+from pallas_kernels import sub1_decode
 from pallas_kernels.packed import HostOrDevice, PackedExperts
 from qmoe_jax.codec import dictionary
 
@@ -94,18 +94,7 @@ def unpack_ternary(
     if isinstance(first, int) and not 0 <= first < first + size <= experts:
         raise ValueError(f"experts [{first}, {first + size}) are not a part of {experts} experts")
     index = jnp.asarray(first, jnp.int32)
-    return _write_out(packed, index, size, dictionary.build().decode_table)
-
-
-def dequantize_ternary(
-    trits: UInt8[Array, "experts rows columns"],
-    row_values: Float[Array, "experts rows 2"],
-    dtype: DTypeLike = jnp.float32,
-) -> Float[Array, "experts rows columns"]:
-    """Weights of these trits; exact in bfloat16 and float32."""
-    low, high = (row_values[..., i, None].astype(dtype) for i in range(2))
-    zero = jnp.zeros((), dtype)
-    return jnp.where(trits == 1, low, jnp.where(trits == 2, high, zero))
+    return _write_out(packed, index, size, jnp.asarray(dictionary.nonzero_table()))
 
 
 def to_published(packed: PackedExperts, expert: int) -> PublishedMatrix:
@@ -225,31 +214,10 @@ def _write_out(
     packed: PackedExperts,
     first: Int32[Array, ""],
     count: int,
-    decode_table: UInt32[Array, "words 2"],
+    entries: UInt32[Array, " words"],
 ) -> UInt8[Array, "count rows columns"]:
-    """One pair of every row a step; a row's state is its word's offset and the pairs read of it."""
-    _, rows, columns = packed.shape
-    slabs = packed.codes.shape[0]
-    codes_SBL = jnp.asarray(packed.codes).reshape(slabs, -1, packed_lib.BLOCK_WORDS)
-    numbers_2K = decode_table.reshape(-1)
-    expert_ER = jnp.broadcast_to((first + jnp.arange(count))[:, None], (count, rows))
-
-    def write_pair(state, _):
-        offset_ER, place_ER = state
-        index = packed_lib.word_index(packed, expert_ER, offset_ER)
-        word_ER = codes_SBL.at[index].get(mode="clip").astype(jnp.int32)
-        second_half_ER = place_ER // 7
-        number_ER = numbers_2K[2 * word_ER + second_half_ER]
-        shift_ER = 4 + 4 * (place_ER - 7 * second_half_ER)
-        pair_ER = (number_ER >> shift_ER.astype(jnp.uint32)) & 15
-        place_ER = place_ER + 1
-        word_is_over = place_ER == (number_ER & 15).astype(jnp.int32)
-        offset_ER = offset_ER + word_is_over.astype(jnp.uint32)
-        return (offset_ER, jnp.where(word_is_over, 0, place_ER)), pair_ER.astype(jnp.uint8)
-
-    offset_ER = lax.dynamic_slice_in_dim(packed.row_starts, first, count)[:, :rows]
-    state = offset_ER, jnp.zeros((count, rows), jnp.int32)
-    _, pairs_PER = lax.scan(write_pair, state, length=(columns + 1) // 2)
-    pairs_ERP = jnp.moveaxis(pairs_PER, 0, 2)
-    trits = jnp.stack([pairs_ERP & 3, pairs_ERP >> 2], axis=-1)
-    return trits.reshape(count, rows, -1)[..., :columns]
+    """One expert after another; a range that leaves the record ends with it."""
+    start = jnp.clip(first, 0, packed.expert_bases.shape[0] - count)
+    return lax.map(
+        functools.partial(sub1_decode.expert_trits, packed, entries), start + jnp.arange(count)
+    )
