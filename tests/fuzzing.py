@@ -187,7 +187,7 @@ def _read_published(folder: pathlib.Path) -> None:
 
 def _read_orbax_pack(folder: pathlib.Path) -> None:
     with tempfile.TemporaryDirectory() as again:
-        orbax_pack.import_checkpoint(folder, pathlib.Path(again))
+        orbax_pack.import_checkpoint(orbax_pack.open_checkpoint(folder), pathlib.Path(again))
         _read_packed(pathlib.Path(again))
 
 

@@ -13,7 +13,7 @@ import rich.console
 import tiny_switch
 from flax.traverse_util import unflatten_dict
 
-from qmoe_jax.checkpoints import huggingface_writer, packed, published, source
+from qmoe_jax.checkpoints import huggingface_writer, packed, published, published_import, source
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.models.switch import Switch
 from qmoe_jax.runs import import_pack
@@ -24,7 +24,8 @@ from qmoe_jax.runs.export import export
 def store(data_dir, tmp_path_factory):
     """A ternary model of eight experts in each of four layers."""
     folder = tmp_path_factory.mktemp("export") / "store"
-    published.import_checkpoint(data_dir / "qmoe" / "tiny_qmoe_ckpt", folder, experts_per_group=3)
+    pack = published.open_checkpoint(data_dir / "qmoe" / "tiny_qmoe_ckpt")
+    published_import.import_checkpoint(pack, folder, experts_per_group=3)
     return folder
 
 
@@ -106,8 +107,8 @@ def test_refusals_come_before_any_writing(dry_run, store, tmp_path, monkeypatch)
         error=ValueError,
     )
     refused("MAX_SHARD_BYTES is 0", store, out, "huggingface", max_shard_bytes=0, error=ValueError)
-    refused("gs://bucket/x exists already, or is no local", store, "gs://bucket/x", "huggingface")
-    refused("gs://bucket/x exists already, or is no local", store, "gs://bucket/x", "orbax")
+    refused("cannot write to gs://bucket/x", store, "gs://bucket/x", "huggingface")
+    refused("cannot write to gs://bucket/x", store, "gs://bucket/x", "orbax")
     refused("cannot write to gs://bucket/x", store, "gs://bucket/x", "t5x")
     (tmp_path / "taken").mkdir()
     refused("taken exists already", store, tmp_path / "taken", "huggingface")

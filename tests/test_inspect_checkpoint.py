@@ -16,6 +16,7 @@ from qmoe_jax.checkpoints import (
     huggingface_writer,
     orbax_pack_writer,
     published,
+    published_import,
     source,
     t5x,
 )
@@ -114,7 +115,7 @@ def test_published_pack_and_what_it_becomes(data_dir, tmp_path):
     found = inspect_checkpoint.describe(pack)
     assert (found.format, found.step) == ("published", None)
     assert shapes_and_bytes(found) <= found.nbytes
-    published.import_checkpoint(pack, tmp_path / "out")
+    published_import.import_checkpoint(published.open_checkpoint(pack), tmp_path / "out")
     after = inspect_checkpoint.describe(tmp_path / "out")
     assert after.config == found.config
     assert after.provenance["source"]["format"] == "published"

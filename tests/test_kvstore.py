@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Local paths and URLs open as the same key-value stores."""
 
-import logging
 import pathlib
 
 import pytest
@@ -62,11 +61,3 @@ def test_reasons_are_one_line():
     shown = kvstore.reason(ValueError("begins so" + 5000 * "x" + "ends so"))
     assert len(shown) < 700
     assert shown.startswith("begins so") and shown.endswith("ends so")
-
-
-def test_orbax_is_silent_for_a_while():
-    log = logging.getLogger("absl")
-    with pytest.raises(ValueError), kvstore.orbax_unlogged():
-        assert log.disabled
-        raise ValueError
-    assert not log.disabled

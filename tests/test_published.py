@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Packs of the published code: what it computed with one, and every way in which one is refused."""
 
+import io
 import json
 import pathlib
 import shutil
@@ -11,17 +12,26 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import rich.console
 import tiny_switch
 import torch_files
 from flax.traverse_util import unflatten_dict
 from hypothesis import strategies as st
 
 from pallas_kernels.packed import PackedExperts
-from qmoe_jax.checkpoints import huggingface, packed, published, source, torch_pickle
+from qmoe_jax.checkpoints import (
+    huggingface,
+    packed,
+    published,
+    published_import,
+    source,
+    torch_pickle,
+)
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.codec import packing
 from qmoe_jax.models.config import Stack
 from qmoe_jax.models.switch import Switch
+from qmoe_jax.runs import import_pack
 
 LAYERS: tuple[tuple[Stack, int], ...] = (
     ("encoder", 1),
@@ -43,10 +53,19 @@ def expected(data_dir):
         return dict(file)
 
 
+def run_import(folder, output, **options) -> None:
+    console = rich.console.Console(file=io.StringIO())
+    import_pack.import_pack(str(folder), str(output), console=console, **options)
+
+
+def imported(pack, folder, **options):
+    return published_import.import_checkpoint(published.open_checkpoint(pack), folder, **options)
+
+
 @pytest.fixture(scope="module")
 def store(pack, tmp_path_factory):
     folder = tmp_path_factory.mktemp("imported") / "store"
-    return published.import_checkpoint(pack, folder, experts_per_group=3)
+    return imported(pack, folder, experts_per_group=3)
 
 
 @pytest.fixture
@@ -165,9 +184,7 @@ def all_sparse(pack: pathlib.Path, folder: pathlib.Path) -> np.ndarray:
 
 def test_every_layer_sparse_and_logits_of_their_own(pack, store, tmp_path):
     logits = all_sparse(pack, tmp_path / "pack")
-    found = source.open_source(
-        published.import_checkpoint(tmp_path / "pack", tmp_path / "out").path
-    )
+    found = source.open_source(imported(tmp_path / "pack", tmp_path / "out").path)
     config = found.config
     assert (config.encoder_sparse_layers, config.decoder_sparse_layers) == ((0, 1), (0, 1))
     assert not config.logits_via_embedding
@@ -179,18 +196,18 @@ def test_every_layer_sparse_and_logits_of_their_own(pack, store, tmp_path):
 
 
 def test_one_expert_may_be_in_every_group_or_all_in_one(pack, store, tmp_path):
-    one = published.import_checkpoint(pack, tmp_path / "one", experts_per_group=100)
+    one = imported(pack, tmp_path / "one", experts_per_group=100)
     assert [len(groups) for groups in one.groups.values()] == [1] * 4
     assert [len(groups) for groups in store.groups.values()] == [3] * 4
     with pytest.raises(ValueError, match="EXPERTS_PER_GROUP is 0"):
-        published.import_checkpoint(pack, tmp_path / "none", experts_per_group=0)
+        run_import(pack, tmp_path / "none", experts_per_group=0)
 
 
 def refused(folder: pathlib.Path, *words: str) -> None:
     """One clear error, and no store that looks finished."""
     output = folder.parent / "out"
     with pytest.raises(CheckpointError) as caught:
-        published.import_checkpoint(folder, output)
+        run_import(folder, output)
     assert all(word in str(caught.value) for word in words), str(caught.value)
     assert not (output / packed.MANIFEST).exists()
 
@@ -289,7 +306,7 @@ def test_parameters_that_are_not_finite_or_missing(copy):
 
 def test_a_folder_that_is_not_free(pack, store):
     with pytest.raises(CheckpointError, match="finished packed checkpoint: choose a new"):
-        published.import_checkpoint(pack, store.path)
+        run_import(pack, store.path)
 
 
 def test_other_readers_say_what_to_do(pack):

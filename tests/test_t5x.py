@@ -169,6 +169,9 @@ def test_a_parent_directory_means_its_newest_step(tmp_path):
     (tmp_path / "checkpoint_12").mkdir()
     checkpoint = t5x.open_checkpoint(tmp_path)
     assert checkpoint.path == str(tmp_path / "checkpoint_10")
+    # A link is a step too, of a folder that `checkpoint_` does not name.
+    (tmp_path / "checkpoint_11").symlink_to(tmp_path / "other")
+    assert t5x.open_checkpoint(tmp_path).path == str(tmp_path / "checkpoint_11")
 
 
 def test_urls_and_relative_paths(tmp_path, monkeypatch):

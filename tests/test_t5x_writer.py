@@ -163,7 +163,7 @@ def test_existing_checkpoints_are_kept(tmp_path):
 @pytest.mark.parametrize(
     ("path", "step", "message"),
     [
-        ("gs://bucket/model", 1, "local directory and copy it"),
+        ("gs://bucket/model", 1, "local folder and copy it"),
         ("ok", -1, "expected a step"),
         ("ok", 1 << 31, "expected a step"),
         ("file/below", 1, "cannot write"),

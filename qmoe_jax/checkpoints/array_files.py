@@ -22,6 +22,7 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from qmoe_jax.checkpoints import remote
 from qmoe_jax.checkpoints.errors import CheckpointError
 
 ALIGNMENT = 64
@@ -219,16 +220,28 @@ def new_folder(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def local_folder(path: str | os.PathLike[str]) -> pathlib.Path:
+    """The path of a folder that is to be written.
+
+    Raises:
+      CheckpointError: it is a URL.
+    """
+    if remote.is_url(path):
+        raise CheckpointError(
+            f"cannot write to {os.fspath(path)}: what is finished is renamed, which object stores "
+            "cannot do at once. Write to a local folder and copy it."
+        )
+    return pathlib.Path(path)
+
+
 def check_new(folder: str | os.PathLike[str]) -> None:
     """Checks that `folder` is a local path where nothing lies.
 
     Raises:
       CheckpointError: it exists already, or is a URL.
     """
-    if "://" in os.fspath(folder) or os.path.lexists(folder):
-        raise CheckpointError(
-            f"{folder} exists already, or is no local folder: choose one that does not exist."
-        )
+    if os.path.lexists(local_folder(folder)):
+        raise CheckpointError(f"{folder} exists already: choose one that does not exist.")
 
 
 def field(value: Any, key: str, kind: type) -> Any:

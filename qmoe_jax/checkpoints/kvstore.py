@@ -2,7 +2,6 @@
 """Directories as TensorStore key-value stores: local paths and URLs take one road."""
 
 import contextlib
-import logging
 import os
 import re
 from collections.abc import Iterator
@@ -95,7 +94,7 @@ def list_files(store: ts.KvStore, prefix: str) -> list[str]:
         keys = store.list(ts.KvStore.KeyRange(prefix, end)).result()
     except NotImplementedError as error:
         raise NoCheckpointError(
-            f"cannot list {_url(store)}: {error}. Give the directory of one step instead."
+            f"cannot list {_url(store)}: {reason(error)}. Give the directory of one step instead."
         ) from error
     except FAILURES as error:
         url = _url(store)
@@ -118,17 +117,6 @@ def reason(error: Exception) -> str:
         return os.strerror(int(code[1]))
     shown = text if len(text) <= 2 * _SHOWN else f"{text[:_SHOWN]} ... {text[-_SHOWN:]}"
     return shown.rstrip(".")
-
-
-@contextlib.contextmanager
-def orbax_unlogged() -> Iterator[None]:
-    """Keeps Orbax from logging, by the page, what it raises."""
-    log = logging.getLogger("absl")
-    was_disabled, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = was_disabled
 
 
 @contextlib.contextmanager

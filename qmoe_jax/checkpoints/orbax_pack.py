@@ -182,7 +182,7 @@ def records(checkpoint: OrbaxPack, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def import_checkpoint(
-    folder: pathlib.Path,
+    checkpoint: OrbaxPack,
     output_dir: pathlib.Path,
     *,
     committed: Callable[[str, bool], None] = lambda where, layer_done: None,
@@ -192,7 +192,7 @@ def import_checkpoint(
     Memory holds the packed experts of one layer twice.
 
     Args:
-      folder: what `save` wrote.
+      checkpoint: from `open_checkpoint`.
       output_dir: a new or empty folder.
       committed: called after each of the manifest's entries with what was written, and whether it
         completes a layer's experts.
@@ -200,8 +200,6 @@ def import_checkpoint(
     Raises:
       CheckpointError: the checkpoint is damaged, or the store cannot be written.
     """
-    packed.check_free(output_dir)
-    checkpoint = open_checkpoint(folder)
     store, files = checkpoint.store, checkpoint.store.files
     packed.create(output_dir, store.header)
 

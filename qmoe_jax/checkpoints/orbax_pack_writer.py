@@ -21,7 +21,14 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Shaped
 
-from qmoe_jax.checkpoints import array_files, kvstore, orbax_pack, packed, packed_arrays
+from qmoe_jax.checkpoints import (
+    array_files,
+    kvstore,
+    orbax_logging,
+    orbax_pack,
+    packed,
+    packed_arrays,
+)
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.models import config as configs
@@ -68,7 +75,7 @@ def save(
     with array_files.new_folder(folder) as temporary:
         inner = temporary / "orbax"  # so that what Orbax leaves of it is below our folder
         try:
-            with kvstore.orbax_unlogged(), ocp.Checkpointer(handler) as checkpointer:
+            with orbax_logging.silenced(), ocp.Checkpointer(handler) as checkpointer:
                 checkpointer.save(inner, args=args, custom_metadata=custom)
         except CheckpointError:
             raise

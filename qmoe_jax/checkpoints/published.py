@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Imports packs that the QMoE authors published (IST-DASLab/qmoe: sub1.py) into our packed store.
+"""Reads packs that the QMoE authors published (IST-DASLab/qmoe: sub1.py).
 
     config.json      that of transformers; `is_full_sparse` where every layer has experts
     noexp.pt         all that is not an expert's, under transformers' names
@@ -7,15 +7,14 @@
                      each expert's `wi` and `wo` (`codec.packing.PublishedMatrix`)
     sizes.pt         the number of words of each matrix
 
-All `.pt` are torch's. The code is ours too, so that every word is taken over as it is.
+All `.pt` are torch's.
 """
 
 import dataclasses
-import math
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -24,10 +23,9 @@ from jaxtyping import Shaped
 
 from pallas_kernels import packed as packed_lib
 from pallas_kernels.packed import PackedExperts
-from qmoe_jax.checkpoints import huggingface, packed, torch_pickle
+from qmoe_jax.checkpoints import huggingface, torch_pickle
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.huggingface import StoredTensor
-from qmoe_jax.checkpoints.packed_manifest import Header, PackedCheckpoint
 from qmoe_jax.checkpoints.torch_pickle import Archive, TensorRef
 from qmoe_jax.codec import packing
 from qmoe_jax.codec.packing import PublishedMatrix
@@ -35,7 +33,6 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack, SwitchConfig
 
 FORMAT = "published"
-EXPERTS_PER_GROUP = 16  # that of the published code
 
 _PARAMS, SIZES = "noexp.pt", "sizes.pt"
 _AGAIN = "copy or download it again."
@@ -98,58 +95,6 @@ def check_layers(checkpoint: PublishedCheckpoint) -> None:
     """
     for number in range(len(checkpoint.layers)):
         _open_layer(checkpoint, number)
-
-
-def import_checkpoint(
-    folder: pathlib.Path,
-    output_dir: pathlib.Path,
-    *,
-    experts_per_group: int = EXPERTS_PER_GROUP,
-    committed: Callable[[str, bool], None] = lambda where, layer_done: None,
-) -> PackedCheckpoint:
-    """Writes a pack of the published code as a packed store, word for word.
-
-    Memory holds one group of experts, or the parameters of one layer.
-
-    Args:
-      folder: `config.json`, `noexp.pt`, `exp00.pt` and so on, `sizes.pt`.
-      output_dir: a new or empty folder.
-      experts_per_group: stored, and later read, together.
-      committed: called after each of `num_commits` with what was written, and whether it completes
-        a layer's experts.
-
-    Raises:
-      CheckpointError: the pack is damaged, or the store cannot be written.
-      ValueError: `experts_per_group` is below 1.
-    """
-    if experts_per_group < 1:
-        raise ValueError(f"EXPERTS_PER_GROUP is {experts_per_group}; expected 1 or more")
-    packed.check_free(output_dir)
-    checkpoint = open_checkpoint(folder)
-    check_layers(checkpoint)
-    config = checkpoint.config
-    packed.create(output_dir, _header(checkpoint, experts_per_group))
-    packed.commit_params(output_dir, "outer", read_params(checkpoint, ""))
-    committed("embedding", False)
-    for number, (stack, layer) in enumerate(checkpoint.layers):
-        where = f"{_file(number)}: {stack} block {layer + 1}, {config.num_experts} experts"
-        for start, experts in read_groups(checkpoint, number, experts_per_group):
-            packed.commit_experts(output_dir, stack, layer, start, experts)
-            committed(where, start + experts_per_group >= config.num_experts)
-    for stack in configs.STACKS:
-        for layer in range(configs.num_layers(config, stack)):
-            own = read_params(checkpoint, f"{stack}/layers_{layer}/")
-            packed.commit_params(output_dir, f"{stack}.layers_{layer}", own)
-            committed(f"{stack} block {layer + 1}", False)
-    return packed.finish(output_dir)
-
-
-def num_commits(checkpoint: PublishedCheckpoint, experts_per_group: int) -> int:
-    """How many files `import_checkpoint` writes."""
-    config = checkpoint.config
-    groups = -(-config.num_experts // experts_per_group)
-    layers = sum(configs.num_layers(config, stack) for stack in configs.STACKS)
-    return 1 + layers + groups * len(checkpoint.layers)
 
 
 def read_params(
@@ -385,19 +330,3 @@ def _name(stack: Stack, layer: int, expert: int, matrix: str) -> str:
 
 def _file(number: int) -> str:
     return f"exp{number:02d}.pt"
-
-
-def _header(checkpoint: PublishedCheckpoint, experts_per_group: int) -> Header:
-    config = checkpoint.config
-    source = {
-        "path": str(checkpoint.path),
-        "format": FORMAT,
-        "step": None,
-        "bytes": checkpoint.nbytes,
-        "parameters": sum(map(math.prod, configs.param_shapes(config).values())),
-        "sparse_layers": len(checkpoint.layers),
-        "experts": config.num_experts,
-    }
-    return Header(
-        config, packing.CODEC, {"import": {"experts_per_group": experts_per_group}}, source
-    )

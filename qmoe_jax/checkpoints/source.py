@@ -13,17 +13,8 @@ from jaxtyping import Shaped
 
 from pallas_kernels import sub1_decode
 from pallas_kernels.packed import PackedExperts, UniformExperts
-from qmoe_jax.checkpoints import (
-    huggingface,
-    kvstore,
-    orbax_pack,
-    packed,
-    published,
-    remote,
-    t5x,
-    t5x_experts,
-)
-from qmoe_jax.checkpoints.errors import CheckpointError, NoCheckpointError
+from qmoe_jax.checkpoints import formats, huggingface, packed, t5x, t5x_experts
+from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.codec import packing, uniform
@@ -31,12 +22,6 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack, SwitchConfig
 
 _GROUP_BYTES = 256 << 20  # of dense experts at a time
-# Files that tell the formats which are read from local folders alone; the first one found counts.
-_LOCAL_FORMATS = {
-    packed.MANIFEST: "a packed checkpoint",
-    published.SIZES: "a pack of the published QMoE code",
-    "config.json": "a Hugging Face folder",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +35,7 @@ class Source:
     """
 
     path: str
-    format: str  # "t5x", "huggingface" or "packed"
+    format: formats.Format  # "t5x", "huggingface" or "packed"
     config: SwitchConfig
     step: int | None
     nbytes: int  # of all parameters as stored
@@ -75,35 +60,18 @@ def open_source(
       CheckpointError: it is none of them, or it is damaged, or it has to be copied first.
       ValueError: its parameters are not those of a Switch Transformer.
     """
-    if remote.is_url(path):
-        return _t5x_source(_open_url(os.fspath(path)), memory_budget, scratch_dir)
-    if packed.is_packed(pathlib.Path(path)):
-        return _packed_source(packed.open_checkpoint(pathlib.Path(path)))
-    if published.is_published(pathlib.Path(path)):
-        raise CheckpointError(
-            f"{path} is a pack of the published QMoE code: import it first (--run_mode=import)."
-        )
-    if orbax_pack.is_orbax_pack(pathlib.Path(path)):
-        raise CheckpointError(
-            f"{path} is a packed checkpoint in Orbax's form: import it first (--run_mode=import)."
-        )
-    if huggingface.is_huggingface(pathlib.Path(path)):
-        return _huggingface_source(huggingface.open_checkpoint(pathlib.Path(path)))
-    return _t5x_source(t5x.open_checkpoint(path), memory_budget, scratch_dir)
-
-
-def _open_url(url: str) -> t5x.T5xCheckpoint:
-    try:
-        return t5x.open_checkpoint(url)
-    except NoCheckpointError as error:
-        store = kvstore.open_store(kvstore.location(url))
-        contents = kvstore.read_files(store, list(_LOCAL_FORMATS))
-        for content, name in zip(contents, _LOCAL_FORMATS.values(), strict=True):
-            if content is not None:
-                raise CheckpointError(
-                    f"{url} is {name}: copy it to a local folder first, and give that folder's path"
-                ) from error
-        raise
+    match formats.detect(path):
+        case "packed":
+            return _packed_source(packed.open_checkpoint(pathlib.Path(path)))
+        case "huggingface":
+            return _huggingface_source(huggingface.open_checkpoint(pathlib.Path(path)))
+        case "t5x":
+            return _t5x_source(formats.open_t5x(path), memory_budget, scratch_dir)
+        case "published":
+            what = "a pack of the published QMoE code"
+        case "orbax":
+            what = "a packed checkpoint in Orbax's form"
+    raise CheckpointError(f"{path} is {what}: import it first (--run_mode=import).")
 
 
 def _t5x_source(
@@ -125,16 +93,12 @@ def _t5x_source(
             arrays = {names[path]: array for path, array in group.arrays.items()}
             yield dataclasses.replace(group, arrays=arrays)
 
-    nbytes = sum(
-        int(np.prod(leaf.shape, dtype=np.int64)) * leaf.dtype.itemsize
-        for leaf in checkpoint.leaves.values()
-    )
     return Source(
         path=checkpoint.path,
         format="t5x",
         config=config,
         step=checkpoint.step,
-        nbytes=nbytes,
+        nbytes=t5x.nbytes(checkpoint),
         read=functools.partial(t5x.read_many, checkpoint),
         expert_groups=expert_groups,
     )

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import pathlib
 import re
 import reprlib
 import types
@@ -19,7 +20,7 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import Shaped
 
-from qmoe_jax.checkpoints import kvstore, t5x_msgpack, t5x_orbax, t5x_tree
+from qmoe_jax.checkpoints import kvstore, remote, t5x_msgpack, t5x_orbax, t5x_tree
 from qmoe_jax.checkpoints.errors import CheckpointError, NoCheckpointError
 
 _MAX_SLACK = 1 << 30  # bytes by which one chunk may exceed its whole array
@@ -76,10 +77,7 @@ def _read_index(
 
 def _newest_step(store: ts.KvStore, location: str) -> int:
     """The largest step below a directory, of any format: an older readable one is no substitute."""
-    markers = "|".join(re.escape(name) for name in t5x_orbax.MARKERS)
-    pattern = re.compile(rf"checkpoint_(\d+)/(?:{markers})")
-    matches = [pattern.fullmatch(name) for name in kvstore.list_files(store, "checkpoint_")]
-    steps = [int(match[1]) for match in matches if match]
+    steps = _steps_of_url(store) if remote.is_url(location) else _steps_of_folder(location)
     if not steps:
         # Google's driver takes a refused listing, of whatever reason, for an empty one.
         same = "; a bucket that does not exist, or may not be listed, looks the same"
@@ -89,6 +87,28 @@ def _newest_step(store: ts.KvStore, location: str) -> int:
             f"of the step{same if location.startswith('gs://') else ''}."
         )
     return max(steps)
+
+
+def _steps_of_url(store: ts.KvStore) -> list[int]:
+    markers = "|".join(re.escape(name) for name in t5x_orbax.MARKERS)
+    pattern = re.compile(rf"checkpoint_(\d+)/(?:{markers})")
+    matches = [pattern.fullmatch(name) for name in kvstore.list_files(store, "checkpoint_")]
+    return [int(match[1]) for match in matches if match]
+
+
+def _steps_of_folder(location: str) -> list[int]:
+    """Through links, and without a look at the files of arrays."""
+    steps = []
+    try:
+        for folder in pathlib.Path(location).glob("checkpoint_*"):
+            match = re.fullmatch(r"checkpoint_(\d+)", folder.name)
+            if match and any((folder / name).exists() for name in t5x_orbax.MARKERS):
+                steps.append(int(match[1]))
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot look for steps in {location}: {error.strerror}. Give the step's directory."
+        ) from error
+    return steps
 
 
 def _parse(
@@ -142,6 +162,12 @@ def _named_step(location: str) -> int | None:
 def shapes(checkpoint: T5xCheckpoint) -> dict[str, tuple[int, ...]]:
     """Every parameter's shape, by its path in the tree."""
     return {name: leaf.shape for name, leaf in checkpoint.leaves.items()}
+
+
+def nbytes(checkpoint: T5xCheckpoint) -> int:
+    """Of all parameters as stored, before any compression of chunks."""
+    leaves = checkpoint.leaves.values()
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def find_leaf(checkpoint: T5xCheckpoint, name: str) -> t5x_tree.Leaf:

@@ -21,7 +21,7 @@ import tensorstore as ts
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Shaped
 
-from qmoe_jax.checkpoints import kvstore, t5x_msgpack
+from qmoe_jax.checkpoints import array_files, kvstore, t5x_msgpack
 from qmoe_jax.checkpoints.errors import CheckpointError
 
 _VERSION = 3
@@ -79,11 +79,7 @@ def check(path: str | os.PathLike[str], step: int) -> None:
     Raises:
       CheckpointError: it exists already; `path` is a URL; no such step can be.
     """
-    if "://" in os.fspath(path):
-        raise CheckpointError(
-            f"cannot write to {os.fspath(path)}: a finished checkpoint is renamed, which object "
-            "stores cannot do at once. Write to a local directory and copy it."
-        )
+    array_files.local_folder(path)
     if not 0 <= step < 1 << 31:
         raise CheckpointError(f"expected a step from 0 to 2^31 - 1, got {step}")
     _refuse_existing(checkpoint_path(path, step))

@@ -21,7 +21,7 @@ from qmoe_jax import report as reports
 from qmoe_jax.calibration import experts, pipeline, text, walk
 from qmoe_jax.calibration.text import Samples, Text
 from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
-from qmoe_jax.checkpoints import packed, source
+from qmoe_jax.checkpoints import array_files, packed, source
 from qmoe_jax.checkpoints.packed_manifest import Codec, Header
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
@@ -128,7 +128,7 @@ def compress(
         store_dtype=devices.float_dtype(store_dtype, "STORE_DTYPE"),
         dtype=devices.activation_dtype(compute.activation_dtype),
     )
-    packed.check_free(pathlib.Path(output_dir))
+    packed.check_free(array_files.local_folder(output_dir))
     original = source.open_source(
         checkpoint_path,
         memory_budget=compute.read_budget,

@@ -62,7 +62,7 @@ def evaluate(
       ValueError: too little text, or a damaged checkpoint (CheckpointError).
     """
     console = console or rich.console.Console()
-    if eval_output_dir and packed.is_packed(pathlib.Path(eval_output_dir)):
+    if eval_output_dir and packed.is_packed(array_files.local_folder(eval_output_dir)):
         raise ValueError(
             f"EVAL_OUTPUT_DIR {eval_output_dir} is a packed checkpoint, whose config.gin would be "
             "replaced: choose another folder"

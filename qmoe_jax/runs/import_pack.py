@@ -6,7 +6,15 @@ import pathlib
 
 import rich.console
 
-from qmoe_jax.checkpoints import orbax_pack, packed, published, remote
+from qmoe_jax.checkpoints import (
+    array_files,
+    formats,
+    orbax_pack,
+    packed,
+    published,
+    published_import,
+    remote,
+)
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.runs import progress
 
@@ -15,7 +23,7 @@ def import_pack(
     checkpoint_path: str,
     output_dir: str,
     *,
-    experts_per_group: int = published.EXPERTS_PER_GROUP,
+    experts_per_group: int = published_import.EXPERTS_PER_GROUP,
     dry_run: bool = False,
     console: rich.console.Console | None = None,
 ) -> None:
@@ -39,20 +47,29 @@ def import_pack(
         raise CheckpointError(
             f"{checkpoint_path}: `import` reads local folders alone, copy it to one"
         )
-    source, output = pathlib.Path(checkpoint_path), pathlib.Path(output_dir)
-    if orbax_pack.is_orbax_pack(source):
-        packed.check_free(output)
-        commits = len(orbax_pack.open_checkpoint(source).manifest["entries"])
-        write = functools.partial(orbax_pack.import_checkpoint, source, output)
+    if experts_per_group < 1:
+        raise ValueError(f"EXPERTS_PER_GROUP is {experts_per_group}; expected 1 or more")
+    output = array_files.local_folder(output_dir)
+    packed.check_free(output)
+    folder = pathlib.Path(checkpoint_path)
+    found = formats.detect(folder)
+    if found == "packed":
+        raise CheckpointError(
+            f"{folder} is a packed checkpoint already: there is nothing to import"
+        )
+    if found == "orbax":
+        opened = orbax_pack.open_checkpoint(folder)
+        commits = len(opened.manifest["entries"])
+        write = functools.partial(orbax_pack.import_checkpoint, opened, output)
     else:
-        if experts_per_group < 1:
-            raise ValueError(f"EXPERTS_PER_GROUP is {experts_per_group}; expected 1 or more")
-        packed.check_free(output)
-        checkpoint = published.open_checkpoint(source)
+        checkpoint = published.open_checkpoint(folder)
         published.check_layers(checkpoint)
-        commits = published.num_commits(checkpoint, experts_per_group)
+        commits = published_import.num_commits(checkpoint, experts_per_group)
         write = functools.partial(
-            published.import_checkpoint, source, output, experts_per_group=experts_per_group
+            published_import.import_checkpoint,
+            checkpoint,
+            output,
+            experts_per_group=experts_per_group,
         )
     if dry_run:
         console.print("dry run: inputs are sound, nothing was written")

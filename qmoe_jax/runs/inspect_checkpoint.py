@@ -12,15 +12,8 @@ from typing import Any
 import rich.console
 import rich.table
 
-from qmoe_jax.checkpoints import (
-    huggingface,
-    orbax_pack,
-    packed,
-    published,
-    remote,
-    source,
-    t5x,
-)
+from qmoe_jax.checkpoints import formats, huggingface, orbax_pack, packed, published, t5x
+from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import SwitchConfig
 
@@ -41,12 +34,13 @@ class Description:
     """What a checkpoint is; no value of a parameter has been read."""
 
     path: str
-    format: str  # "t5x", "huggingface", "packed", "orbax" or "published"
+    format: formats.Format
     config: SwitchConfig
     step: int | None
     nbytes: int  # of all parameters as stored
     arrays: tuple[StoredArray, ...]
-    provenance: dict[str, Any]  # what a packed checkpoint says of its making; JSON values
+    # What a packed checkpoint says of its making; JSON values.
+    provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def experts(self) -> tuple[StoredArray, ...]:
@@ -89,27 +83,17 @@ def describe(path: str | os.PathLike[str]) -> Description:
       CheckpointError: there is none, or it is damaged.
       ValueError: its parameters are not those of a Switch Transformer.
     """
-    if not remote.is_url(path) and published.is_published(pathlib.Path(path)):
-        found = published.open_checkpoint(pathlib.Path(path))
-        arrays = tuple(_published_arrays(found))
-        return Description(
-            str(path), published.FORMAT, found.config, None, found.nbytes, arrays, {}
-        )
-    if orbax_pack.is_orbax_pack(pathlib.Path(path)):
-        return _orbax(orbax_pack.open_checkpoint(pathlib.Path(path)))
-    opened = source.open_source(path)
-    arrays, provenance = (), {}
-    if opened.format == "t5x":
-        arrays = tuple(_t5x_arrays(opened.path))
-    elif opened.format == "huggingface":
-        arrays = tuple(_huggingface_arrays(opened.path))
-    elif opened.format == "packed":
-        store = packed.open_checkpoint(pathlib.Path(opened.path))
-        arrays = tuple(_packed_arrays(store))
-        provenance = _provenance(store)
-    return Description(
-        opened.path, opened.format, opened.config, opened.step, opened.nbytes, arrays, provenance
-    )
+    match formats.detect(path):
+        case "packed":
+            return _packed(packed.open_checkpoint(pathlib.Path(path)))
+        case "published":
+            return _published(published.open_checkpoint(pathlib.Path(path)))
+        case "orbax":
+            return _orbax(orbax_pack.open_checkpoint(pathlib.Path(path)))
+        case "huggingface":
+            return _huggingface(huggingface.open_checkpoint(pathlib.Path(path)))
+        case "t5x":
+            return _t5x(formats.open_t5x(path))
 
 
 def summary(description: Description) -> rich.table.Table:
@@ -168,28 +152,58 @@ def _dtypes(description: Description) -> str:
     return ", ".join(f"{dtype} {nbytes:,} bytes" for dtype, nbytes in counts.most_common())
 
 
-def _t5x_arrays(path: str) -> Iterator[StoredArray]:
-    checkpoint = t5x.open_checkpoint(path)
-    opened = t5x.open_arrays(checkpoint, [n for n in checkpoint.leaves if "/mlp/expert/" in n])
+def _t5x(checkpoint: t5x.T5xCheckpoint) -> Description:
+    config = configs.config_from_shapes(t5x.shapes(checkpoint))
+    opened = t5x.open_arrays(checkpoint, list(checkpoint.leaves))  # a missing one shows
+    arrays = []
     for name, leaf in checkpoint.leaves.items():
         pieces = ""
-        if name in opened:
+        if name in opened and "/mlp/expert/" in name:
             pieces = f"in chunks of {' x '.join(map(str, t5x.clipped_chunks(opened[name])))}"
         nbytes = math.prod(leaf.shape) * leaf.dtype.itemsize
-        yield StoredArray(name, leaf.shape, leaf.dtype.name, nbytes, pieces)
+        arrays.append(StoredArray(name, leaf.shape, leaf.dtype.name, nbytes, pieces))
+    return Description(
+        path=checkpoint.path,
+        format="t5x",
+        config=config,
+        step=checkpoint.step,
+        nbytes=t5x.nbytes(checkpoint),
+        arrays=tuple(arrays),
+    )
 
 
-def _huggingface_arrays(path: str) -> Iterator[StoredArray]:
-    checkpoint = huggingface.open_checkpoint(pathlib.Path(path))
+def _huggingface(checkpoint: huggingface.HfCheckpoint) -> Description:
     shapes = configs.param_shapes(checkpoint.config)
+    arrays = []
     for name, stored in checkpoint.params.items():
         dtype = stored[0].dtype
         pieces = "one tensor an expert" if "/mlp/expert/" in name else ""
         nbytes = math.prod(shapes[name]) * dtype.itemsize
-        yield StoredArray(name, shapes[name], dtype.name, nbytes, pieces)
+        arrays.append(StoredArray(name, shapes[name], dtype.name, nbytes, pieces))
+    return Description(
+        path=str(checkpoint.path),
+        format="huggingface",
+        config=checkpoint.config,
+        step=None,
+        nbytes=checkpoint.nbytes,
+        arrays=tuple(arrays),
+    )
 
 
-def _packed_arrays(store: packed.PackedCheckpoint) -> Iterator[StoredArray]:
+def _packed(store: PackedCheckpoint) -> Description:
+    header = store.header
+    return Description(
+        path=str(store.path),
+        format="packed",
+        config=header.config,
+        step=header.source.get("step"),
+        nbytes=store.nbytes,
+        arrays=tuple(_packed_arrays(store)),
+        provenance={"source": header.source, "settings": header.settings},
+    )
+
+
+def _packed_arrays(store: PackedCheckpoint) -> Iterator[StoredArray]:
     shapes = configs.param_shapes(store.header.config)
     for name, file in store.params.items():
         entry = file.arrays[name]
@@ -210,32 +224,29 @@ def _packed_arrays(store: packed.PackedCheckpoint) -> Iterator[StoredArray]:
 
 def _orbax(checkpoint: orbax_pack.OrbaxPack) -> Description:
     """The packed checkpoint that it holds; sizes are those that it has as such."""
-    store = checkpoint.store
+    description = _packed(checkpoint.store)
     arrays = tuple(
         dataclasses.replace(array, pieces="one array a layer" if array.pieces else "")
-        for array in _packed_arrays(store)
+        for array in description.arrays
     )
-    step = store.header.source.get("step")
-    return Description(
-        str(checkpoint.path),
-        "orbax",
-        store.header.config,
-        step,
-        store.nbytes,
-        arrays,
-        _provenance(store),
-    )
+    path = str(checkpoint.path)
+    return dataclasses.replace(description, path=path, format="orbax", arrays=arrays)
 
 
-def _provenance(store: packed.PackedCheckpoint) -> dict[str, Any]:
-    return {"source": store.header.source, "settings": store.header.settings}
-
-
-def _published_arrays(checkpoint: published.PublishedCheckpoint) -> Iterator[StoredArray]:
+def _published(checkpoint: published.PublishedCheckpoint) -> Description:
     shapes = configs.param_shapes(checkpoint.config)
+    arrays = []
     for name, stored in checkpoint.params.items():
         nbytes = math.prod(stored.shape) * stored.dtype.itemsize
-        yield StoredArray(name, shapes[name], stored.dtype.name, nbytes, "")
+        arrays.append(StoredArray(name, shapes[name], stored.dtype.name, nbytes, ""))
     for number in range(len(checkpoint.layers)):
         for name, nbytes in published.expert_bytes(checkpoint, number).items():
-            yield StoredArray(name, shapes[name], "qmoe", nbytes, "one file a layer")
+            arrays.append(StoredArray(name, shapes[name], "qmoe", nbytes, "one file a layer"))
+    return Description(
+        path=str(checkpoint.path),
+        format=published.FORMAT,
+        config=checkpoint.config,
+        step=None,
+        nbytes=checkpoint.nbytes,
+        arrays=tuple(arrays),
+    )

@@ -16,7 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
-from qmoe_jax.checkpoints import kvstore, t5x_writer
+from qmoe_jax.checkpoints import kvstore, orbax_logging, t5x_writer
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.training.step import TrainState
 
@@ -87,7 +87,7 @@ def _managed(model_dir: pathlib.Path, writes: bool = False) -> Iterator[ocp.Chec
         enable_async_checkpointing=False,
     )
     try:
-        with kvstore.orbax_unlogged(), ocp.CheckpointManager(folder, options=options) as manager:
+        with orbax_logging.silenced(), ocp.CheckpointManager(folder, options=options) as manager:
             yield manager
     except kvstore.FAILURES as error:
         raise CheckpointError(_trouble(folder, error, writes)) from error

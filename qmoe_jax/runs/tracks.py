@@ -114,7 +114,7 @@ def buffer_folder(parent: str | None) -> Generator[pathlib.Path | None]:
     if parent is None:
         yield None
         return
-    pathlib.Path(parent).mkdir(parents=True, exist_ok=True)
+    array_files.local_folder(parent).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="qmoe_jax-", dir=parent) as folder:
         yield pathlib.Path(folder)
 

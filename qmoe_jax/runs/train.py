@@ -131,7 +131,7 @@ def train(
         other settings; a checkpoint that cannot be read or written (CheckpointError).
     """
     console = console or rich.console.Console()
-    folder = pathlib.Path(model_dir)
+    folder = array_files.local_folder(model_dir)
     recipe = Recipe(model, optimizer, loss, train_steps, batch_size, capacity, random_seed)
     validation = _validation_batches(text_options, recipe, num_validation_samples)
     settings = starts.settings(recipe, text_options)
