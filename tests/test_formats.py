@@ -29,6 +29,8 @@ def test_a_packed_checkpoint_is_not_imported(tmp_path):
     tiny_stores.write(tmp_path / "store", Kind("qmoe"))
     with pytest.raises(CheckpointError, match="store is a packed checkpoint already"):
         import_pack.import_pack(str(tmp_path / "store"), str(tmp_path / "out"))
+    with pytest.raises(CheckpointError, match=r"neither a pack .*`noexp.pt`.* need no import"):
+        import_pack.import_pack(str(tmp_path), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

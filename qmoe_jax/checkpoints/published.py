@@ -34,7 +34,7 @@ from qmoe_jax.models.config import Stack, SwitchConfig
 
 FORMAT = "published"
 
-_PARAMS, SIZES = "noexp.pt", "sizes.pt"
+PARAMS, SIZES = "noexp.pt", "sizes.pt"
 _AGAIN = "copy or download it again."
 _MATRICES = ("wi", "wo")
 _MAX_SIZE = 2**31
@@ -59,7 +59,7 @@ class PublishedCheckpoint:
 
 def is_published(folder: pathlib.Path) -> bool:
     """Whether `folder` looks like a pack of the published code."""
-    return (folder / _PARAMS).exists()
+    return (folder / PARAMS).exists()
 
 
 def open_checkpoint(folder: pathlib.Path) -> PublishedCheckpoint:
@@ -70,10 +70,10 @@ def open_checkpoint(folder: pathlib.Path) -> PublishedCheckpoint:
         the files do not belong together.
     """
     settings = huggingface.read_settings(folder)
-    tensors = huggingface.open_file(folder / _PARAMS)
+    tensors = huggingface.open_file(folder / PARAMS)
     params = huggingface.named_as_t5x(folder, settings, tensors)
     config = _config(folder, settings, {path: stored[0] for path, stored in params.items()})
-    files = [folder / _PARAMS, folder / SIZES]
+    files = [folder / PARAMS, folder / SIZES]
     checkpoint = PublishedCheckpoint(
         path=folder,
         config=config,
@@ -112,7 +112,7 @@ def read_params(
             values[path] = array.T if huggingface.is_transposed(path) else array
             if not np.isfinite(array).all():
                 raise CheckpointError(
-                    f"{checkpoint.path / _PARAMS}: `{huggingface.hf_name(path)}` holds NaN or "
+                    f"{checkpoint.path / PARAMS}: `{huggingface.hf_name(path)}` holds NaN or "
                     f"infinity: {_AGAIN}"
                 )
     return values
@@ -179,7 +179,7 @@ def _config(
         config = configs.config_from_shapes(shapes)
     except ValueError as error:
         raise CheckpointError(
-            f"{folder / _PARAMS}, its tensors named as in T5X: {str(error).rstrip('.')}: {_AGAIN}"
+            f"{folder / PARAMS}, its tensors named as in T5X: {str(error).rstrip('.')}: {_AGAIN}"
         ) from error
     expected = {
         "num_layers": config.num_encoder_layers,
@@ -191,12 +191,12 @@ def _config(
         if settings.get(name, found) != found:
             raise CheckpointError(
                 f"{folder}/config.json says `{name}` is {str(settings[name])[:100]}, but "
-                f"{_PARAMS} is of {found}: copy or download both again."
+                f"{PARAMS} is of {found}: copy or download both again."
             )
     if settings.get("is_full_sparse") and len(routers) != depth:
         raise CheckpointError(
             f"{folder}/config.json says that every layer has experts (`is_full_sparse`), but "
-            f"{_PARAMS} has routers for {len(routers)} of {depth}: copy or download both again."
+            f"{PARAMS} has routers for {len(routers)} of {depth}: copy or download both again."
         )
     distance = settings.get("relative_attention_max_distance", config.relpos_max_distance)
     return dataclasses.replace(config, relpos_max_distance=distance)
@@ -222,7 +222,7 @@ def _check_sizes(checkpoint: PublishedCheckpoint) -> None:
         name = min(different)
         what = "lacks" if name in expected else "has"
         raise CheckpointError(
-            f"{checkpoint.path / SIZES} {what} `{name[:200]}`, unlike {_PARAMS}: copy or download "
+            f"{checkpoint.path / SIZES} {what} `{name[:200]}`, unlike {PARAMS}: copy or download "
             "both again."
         )
 
@@ -236,7 +236,7 @@ def _layer_files(checkpoint: PublishedCheckpoint) -> list[pathlib.Path]:
         if path not in there or path not in expected:
             what = "is missing" if path not in there else "is one too many"
             raise CheckpointError(
-                f"{path} {what}: by {_PARAMS} there are {len(expected)} layers with experts, "
+                f"{path} {what}: by {PARAMS} there are {len(expected)} layers with experts, "
                 f"{_file(0)} to {_file(len(expected) - 1)}; copy or download the pack again."
             )
     return expected

@@ -52,25 +52,29 @@ def import_pack(
     output = array_files.local_folder(output_dir)
     packed.check_free(output)
     folder = pathlib.Path(checkpoint_path)
-    found = formats.detect(folder)
-    if found == "packed":
-        raise CheckpointError(
-            f"{folder} is a packed checkpoint already: there is nothing to import"
-        )
-    if found == "orbax":
-        opened = orbax_pack.open_checkpoint(folder)
-        commits = len(opened.manifest["entries"])
-        write = functools.partial(orbax_pack.import_checkpoint, opened, output)
-    else:
-        checkpoint = published.open_checkpoint(folder)
-        published.check_layers(checkpoint)
-        commits = published_import.num_commits(checkpoint, experts_per_group)
-        write = functools.partial(
-            published_import.import_checkpoint,
-            checkpoint,
-            output,
-            experts_per_group=experts_per_group,
-        )
+    match formats.detect(folder):
+        case "orbax":
+            opened = orbax_pack.open_checkpoint(folder)
+            commits = len(opened.manifest["entries"])
+            write = functools.partial(orbax_pack.import_checkpoint, opened, output)
+        case "published":
+            checkpoint = published.open_checkpoint(folder)
+            published.check_layers(checkpoint)
+            commits = published_import.num_commits(checkpoint, experts_per_group)
+            write = functools.partial(
+                published_import.import_checkpoint,
+                checkpoint,
+                output,
+                experts_per_group=experts_per_group,
+            )
+        case "packed":
+            raise CheckpointError(f"{folder} is a packed checkpoint already: nothing to import")
+        case _:
+            raise CheckpointError(
+                f"{folder} is neither a pack of the published code (no `{published.PARAMS}`) nor a "
+                "packed checkpoint in Orbax's form; T5X and Hugging Face checkpoints need no "
+                "import, give them to compress, eval or export."
+            )
     if dry_run:
         console.print("dry run: inputs are sound, nothing was written")
         return
