@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast the kernels are on a GPU, beside dense bfloat16 on the same GPU.
 
-    python benchmarks/kernels.py
+    python benchmarks/kernels.py [--implementation=triton]
     python benchmarks/kernels.py --smoke      # small shapes and "xla", to try the script on a CPU
 
-For each published shape, and 1 to 512 tokens over 1, 8 and 128 experts: `sub1_matmul`, a batched
-product of the same tokens with dense bfloat16 weights, and the time that reading the packed bytes
-takes at the measured copy bandwidth, which nothing can go below. Medians, with the span between the
+For each published shape, and 1 to 512 tokens over 1, 8 and 128 experts: `packed_matmul` by both of
+its paths (where they meet is what `packed_matmul.DENSE_FROM_TOKENS` should say), a batched product
+of the same tokens with dense bfloat16 weights, and the time that reading the packed bytes takes at
+the measured copy bandwidth, which nothing can go below. Medians, with the span between the
 quartiles. Calls rotate among copies of the weights, together larger than the cache.
 
 Then `sub1_decode` against the copy bandwidth (bytes written), the columns of GPTQ for 16 experts of
@@ -27,7 +28,7 @@ import numpy as np
 import rich.console
 import rich.table
 
-from pallas_kernels import gptq_block, implementation, sub1_decode, sub1_matmul, testing
+from pallas_kernels import gptq_block, implementation, packed_matmul, sub1_decode, testing
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.packed import PackedExperts
 from pallas_kernels.testing import Case
@@ -43,8 +44,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed of the GPU kernels")
     parser.add_argument("--smoke", action="store_true", help="small, on any device")
     parser.add_argument("--repeats", type=int, default=30)
+    choices = ("auto", "pallas", "triton")
+    parser.add_argument("--implementation", choices=choices, default="auto")
     given = parser.parse_args()
-    kernel: Implementation = "auto"
+    kernel: Implementation = given.implementation
     if implementation.resolve("auto") == "xla":
         if not given.smoke:
             parser.error(
@@ -96,7 +99,8 @@ def copies(packed: PackedExperts, cache: int) -> list[PackedExperts]:
 
 def matmul_table(cases, cache, bandwidth, repeats, kernel) -> rich.table.Table:
     table = rich.table.Table(
-        *("shape", "tokens", "experts", "sub1_matmul µs", "dense bfloat16 µs", "times as fast"),
+        *("shape", "tokens", "experts", "sub1_matmul µs", "by decoding µs", "dense bfloat16 µs"),
+        "times as fast",
         *("floor µs", "Tweights/s"),
     )
     entries = jnp.asarray(dictionary.nonzero_table())
@@ -110,10 +114,12 @@ def matmul_table(cases, cache, bandwidth, repeats, kernel) -> rich.table.Table:
             packed = testing.random_packed(dictionary.nonzero_table(), given)
             x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, case.columns)))
             x, group_sizes = x.astype(jnp.bfloat16), jnp.asarray(sizes, jnp.int32)
-            run = jax.jit(functools.partial(sub1_matmul.sub1_matmul, implementation=kernel))
-            ours, spread = seconds(
-                run, [(x, p, entries, group_sizes) for p in copies(packed, cache)], repeats
-            )
+            arguments = [(x, p, entries, group_sizes) for p in copies(packed, cache)]
+            run = functools.partial(packed_matmul.packed_matmul, implementation=kernel)
+            fused = functools.partial(run, path="fused")
+            ours, spread = seconds(jax.jit(fused), arguments, repeats)
+            decoding = functools.partial(run, path="dense")
+            decoded, decoded_spread = seconds(jax.jit(decoding), arguments, repeats)
             dense, dense_spread = dense_seconds(x, case, active, cache, repeats)
             nbytes = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(packed))
             floor = nbytes * active / experts / bandwidth
@@ -123,10 +129,11 @@ def matmul_table(cases, cache, bandwidth, repeats, kernel) -> rich.table.Table:
                 str(tokens),
                 str(experts),
                 f"{1e6 * ours:.1f} ± {1e6 * spread:.1f}",
+                f"{1e6 * decoded:.1f} ± {1e6 * decoded_spread:.1f}",
                 f"{1e6 * dense:.1f} ± {1e6 * dense_spread:.1f}",
-                f"{dense / ours:.2f}",
+                f"{dense / min(ours, decoded):.2f}",
                 f"{1e6 * floor:.1f}",
-                f"{weights / ours / 1e12:.2f}",
+                f"{weights / min(ours, decoded) / 1e12:.2f}",
             )
         table.add_section()
     return table
@@ -172,7 +179,6 @@ def gptq_table(shape: tuple[int, int, int], repeats: int, kernel) -> rich.table.
     """All blocks of columns one after another, and Cholesky factorizations."""
     experts, rows, columns = shape
     block = min(128, columns)
-    nearest = functools.partial(grids.nearest, bits="ternary")
     generator = np.random.default_rng(0)
     weights = jnp.asarray(generator.standard_normal((experts, block, rows)), jnp.float32)
     scaled = jnp.asarray(
@@ -186,7 +192,7 @@ def gptq_table(shape: tuple[int, int, int], repeats: int, kernel) -> rich.table.
         return jax.lax.fori_loop(
             0,
             columns // block,
-            lambda _, target: solve(target, weights, scaled, grid, nearest),
+            lambda _, target: solve(target, weights, scaled, grid, "ternary"),
             weights,
         )
 

@@ -13,6 +13,7 @@ else held it up. Memory, caches and latency are not in it.
 import argparse
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,16 +25,19 @@ from pallas_kernels import cuda_compile, testing
 from pallas_kernels.cuda_compile import CompiledKernel
 from pallas_kernels.device import (
     gptq_block_pallas,
-    rows_of_words,
+    gptq_block_triton,
     sub1_decode_pallas,
+    sub1_decode_triton,
     sub1_matmul_pallas,
+    sub1_matmul_triton,
 )
+from pallas_kernels.device.row_shape import row_shape
 from pallas_kernels.packed import PackedExperts
 from pallas_kernels.testing import Case
 from pallas_kernels.token_tiles import token_tiles
 from qmoe_jax.codec import dictionary
-from qmoe_jax.quantization import grids
 
+LANGUAGES = ("pallas", "triton")
 EXPERTS = 8
 SAMPLED_ROWS = 512  # whose lengths stand for all
 LANES = 128  # instructions a clock and multiprocessor
@@ -56,46 +60,56 @@ def main() -> None:
 def decoding_table(capability: int, a_second: float) -> rich.table.Table:
     """`sub1_matmul` with 1 and 8 tokens of each expert, and `sub1_decode`, in bfloat16."""
     table = rich.table.Table(
-        *("kernel", "shape", "rows x columns", "registers", "spills", "instructions a weight"),
-        "issue bound, Tweights/s",
+        *("kernel", "language", "shape", "rows x columns", "registers", "spills"),
+        *("instructions a weight", "issue bound, Tweights/s"),
     )
     for case in testing.PUBLISHED:
         for name, tokens in (("sub1_matmul", 1), ("sub1_matmul", 8), ("sub1_decode", 0)):
-            kernel = compiled(name, case, tokens, capability)
-            cost = lane_instructions(kernel, case) / max(tokens, 1)
-            table.add_row(
-                f"{name}, {tokens} token{'s'[: tokens > 1]}" if tokens else name,
-                case.name,
-                f"{case.rows} x {case.columns}",
-                str(kernel.registers),
-                str(kernel.spilled_bytes),
-                f"{cost:.2f}" + (" and token" if tokens > 1 else ""),
-                f"{a_second / cost / 1e12:.1f}",
-            )
+            for language in LANGUAGES:
+                kernel = compiled(name, language, case, tokens, capability)
+                cost = lane_instructions(kernel, case) / max(tokens, 1)
+                table.add_row(
+                    f"{name}, {tokens} token{'s'[: tokens > 1]}" if tokens else name,
+                    language,
+                    case.name,
+                    f"{case.rows} x {case.columns}",
+                    str(kernel.registers),
+                    str(kernel.spilled_bytes),
+                    f"{cost:.2f}" + (" and token" if tokens > 1 else ""),
+                    f"{a_second / cost / 1e12:.1f}",
+                )
         table.add_section()
     return table
 
 
-def compiled(name: str, case: Case, tokens: int, capability: int) -> CompiledKernel:
+def compiled(name: str, language: str, case: Case, tokens: int, capability: int) -> CompiledKernel:
     """The kernel for `EXPERTS` experts with as many tokens each."""
     packed, dtype = abstract(case), jnp.dtype(jnp.bfloat16)
     if name == "sub1_decode":
+        experts = Shape((EXPERTS,), jnp.int32)
+        if language == "triton":
+            launch = sub1_decode_triton.plan(packed, ENTRIES, experts, dtype)
+            return cuda_compile.compile_launch(launch, capability=capability)
 
         def decode(packed, entries, experts):
             return sub1_decode_pallas.sub1_decode(packed, entries, experts, dtype)
 
-        arguments = (packed, ENTRIES, Shape((EXPERTS,), jnp.int32))
+        arguments = (packed, ENTRIES, experts)
         (kernel,) = cuda_compile.compile_kernels(decode, *arguments, capability=capability)
         return kernel
+
+    x, sizes = Shape((EXPERTS * tokens, case.columns), dtype), Shape((EXPERTS,), jnp.int32)
+    if language == "triton":
+        tiles = jax.eval_shape(lambda sizes: token_tiles(sizes, EXPERTS * tokens, tokens), sizes)
+        launch = sub1_matmul_triton.plan(x, packed, ENTRIES, tiles, tokens)
+        return cuda_compile.compile_launch(launch, capability=capability)
 
     def multiply(x, packed, entries, sizes):
         tiles = token_tiles(sizes, EXPERTS * tokens, tokens)
         return sub1_matmul_pallas.sub1_matmul(x, packed, entries, tiles, tokens)
 
-    x, sizes = Shape((EXPERTS * tokens, case.columns), dtype), Shape((EXPERTS,), jnp.int32)
-    (kernel,) = cuda_compile.compile_kernels(
-        multiply, x, packed, ENTRIES, sizes, capability=capability
-    )
+    arguments = (x, packed, ENTRIES, sizes)
+    (kernel,) = cuda_compile.compile_kernels(multiply, *arguments, capability=capability)
     return kernel
 
 
@@ -110,23 +124,18 @@ def row_words(case: Case) -> np.ndarray:
 def abstract(case: Case) -> PackedExperts:
     """Shapes of `EXPERTS` such experts, without their data."""
     words = 64 * math.ceil(row_words(case).mean() * case.rows / 64)
-    sample = testing.random_packed(dictionary.nonzero_table(), Case("", 1, case.columns, (1,)))
-    arrays = {
+    arrays: dict[str, Any] = {
         "codes": Shape((1, EXPERTS * words), jnp.uint16),
         "expert_bases": Shape((EXPERTS,), jnp.uint32),
         "row_starts": Shape((EXPERTS, case.rows + 1), jnp.uint32),
         "row_values": Shape((EXPERTS, case.rows, 2), jnp.bfloat16),
     }
-    leaves, structure = jax.tree.flatten(sample)
-    packed = jax.tree.unflatten(structure, [*arrays.values()])
-    assert len(leaves) == len(arrays)
-    object.__setattr__(packed, "shape", (EXPERTS, case.rows, case.columns))
-    return packed
+    return PackedExperts(**arrays, shape=(EXPERTS, case.rows, case.columns), codec="qmoe")
 
 
 def lane_instructions(kernel: CompiledKernel, case: Case) -> float:
     """Executed for each weight."""
-    shape = rows_of_words.shape(abstract(case))
+    shape = row_shape(abstract(case))
     words = row_words(case)
     longest = words[: len(words) // shape.rows * shape.rows].reshape(-1, shape.rows).max(1)
     trips = np.ceil(longest / shape.step)
@@ -136,30 +145,29 @@ def lane_instructions(kernel: CompiledKernel, case: Case) -> float:
 def gptq_table(capability: int, a_second: float) -> rich.table.Table:
     """`gptq_block` for 16 experts of 1024 rows, and all blocks of 4096 columns."""
     table = rich.table.Table(
-        *("kernel", "registers", "spills", "instructions a column", "4096 columns, ms")
+        *("kernel", "language", "registers", "spills", "instructions a column"),
+        "4096 columns, ms",
     )
     experts, block, rows, columns = 16, 128, 1024, 4096
+    shapes = ((experts, block, rows),) * 2 + ((experts, block, block), (2, experts, 1, rows))
+    arrays = [Shape(shape, jnp.float32) for shape in shapes]
     for bits in ("ternary", 2):
-
-        def solve(target, weights, scaled, grid, bits: grids.Bits = bits):
-            def nearest(weights, grid):
-                return grids.nearest(weights, grid, bits)
-
-            return gptq_block_pallas.gptq_block(target, weights, scaled, grid, nearest)
-
-        shapes = ((experts, block, rows),) * 2 + ((experts, block, block), (2, experts, 1, rows))
-        arrays = [Shape(shape, jnp.float32) for shape in shapes]
-        (kernel,) = cuda_compile.compile_kernels(solve, *arrays, capability=capability)
-        first, last = kernel.loops[-1]
-        programs = experts * math.ceil(rows / gptq_block_pallas.ROWS)
-        lanes = 32 * kernel.warps * programs * kernel.executed(block) * columns / block
-        table.add_row(
-            f"gptq_block, {bits}",
-            str(kernel.registers),
-            str(kernel.spilled_bytes),
-            str(last - first + 1),
-            f"{1000 * lanes / a_second:.2f}",
-        )
+        solve = functools.partial(gptq_block_pallas.gptq_block, bits=bits)
+        (by_pallas,) = cuda_compile.compile_kernels(solve, *arrays, capability=capability)
+        launch = gptq_block_triton.plan(*arrays, bits=bits)
+        by_triton = cuda_compile.compile_launch(launch, capability=capability)
+        for language, kernel in zip(LANGUAGES, (by_pallas, by_triton), strict=True):
+            first, last = kernel.loops[-1]
+            programs = experts * math.ceil(rows / gptq_block_pallas.ROWS)
+            lanes = 32 * kernel.warps * programs * kernel.executed(block) * columns / block
+            table.add_row(
+                f"gptq_block, {bits}",
+                language,
+                str(kernel.registers),
+                str(kernel.spilled_bytes),
+                str(last - first + 1),
+                f"{1000 * lanes / a_second:.2f}",
+            )
     return table
 
 

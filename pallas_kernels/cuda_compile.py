@@ -22,11 +22,20 @@ from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 from triton.backends.compiler import GPUTarget
 
+from pallas_kernels.device.triton_launch import Launch
+
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _DEVICE_KINDS = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H100 80GB HBM3"}
 _CUSTOM_CALL = "__gpu$xla.gpu.triton"
 _INSTRUCTION = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(.*?)\s*;")
 _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
+_TYPES = {
+    "int32": "i32",
+    "uint16": "u16",
+    "uint32": "u32",
+    "bfloat16": "bf16",
+    "float32": "fp32",
+}
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
 
@@ -73,7 +82,7 @@ def compile_kernels(
         number = {k: ir.IntegerAttr(attributes[k]).value for k in ("num_warps", "num_stages")}
         name = ir.StringAttr(attributes["name"]).value
         text = _text(ir.StringAttr(attributes["ir"]).value_bytes)
-        found.append(_compile(name, text, capability, number))
+        found.append(_compile_text(name, text, capability, number))
     if not found:
         raise RuntimeError("the program has no Triton kernel")
     return found
@@ -110,14 +119,41 @@ def _text(module: bytes) -> str:
         return str(ir.Module.parse(module).operation.get_asm())
 
 
-def _compile(name: str, text: str, capability: int, options: Mapping[str, int]) -> CompiledKernel:
-    target = GPUTarget("cuda", capability, 32)
+def compile_launch(launch: Launch, *, capability: int = 90) -> CompiledKernel:
+    """Compiles a kernel in Triton proper, as jax-triton does: all pointers are aligned.
+
+    Args:
+      launch: its arguments may be `jax.ShapeDtypeStruct`s.
+      capability: 80 for A100, 90 for H100 and H200.
+    """
+    operands = [*launch.arguments, launch.output]
+    names = launch.kernel.arg_names
+    types = {n: f"*{_TYPES[a.dtype.name]}" for n, a in zip(names, operands, strict=False)}
+    source = triton.compiler.ASTSource(
+        launch.kernel,
+        types | dict.fromkeys(launch.constants, "constexpr"),
+        constexprs=dict(launch.constants),
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(operands))},
+    )
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    return _compile(launch.kernel.__name__, source, capability, options)
+
+
+def _compile_text(
+    name: str, text: str, capability: int, options: Mapping[str, int]
+) -> CompiledKernel:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, f"{name}.ttir")
         path.write_text(text)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Triton announces a change of its defaults
-            compiled = triton.compile(str(path), target=target, options=dict(options))
+        return _compile(name, str(path), capability, options)
+
+
+def _compile(name: str, source: Any, capability: int, options: Mapping[str, int]) -> CompiledKernel:
+    target = GPUTarget("cuda", capability, 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Triton announces a change of its defaults
+        compiled = triton.compile(source, target=target, options=dict(options))
+    with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder, "kernel.cubin")
         path.write_bytes(compiled.asm["cubin"])
         resources = _RESOURCES.search(_cuobjdump("-res-usage", path))

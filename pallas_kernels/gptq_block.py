@@ -5,19 +5,14 @@ With D = W - Q, column j of the block is rounded after what columns before it ha
 added to it, ``q_j = nearest(target_j + sum_{i<j} scaled_ji D_i)``, and ``D_j = W_j - q_j``.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
-
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from pallas_kernels import grid_levels
 from pallas_kernels import implementation as implementations
+from pallas_kernels.grid_levels import Bits
 from pallas_kernels.implementation import Implementation
-
-# Weights and the two numbers of each one's grid, of one shape -> the nearest values of the grid.
-Nearest: TypeAlias = Callable[[jax.Array, Any], jax.Array]
 
 STRIP = 8  # columns between two products of the reference; fused by XLA into one kernel
 
@@ -27,7 +22,7 @@ def gptq_block(
     weights: Float[Array, "E B R"],
     scaled: Float[Array, "E B B"],
     grid: Float[Array, "2 E b R"],
-    nearest: Nearest,
+    bits: Bits,
     *,
     implementation: Implementation = "auto",
 ) -> Float[Array, "E B R"]:
@@ -39,8 +34,8 @@ def gptq_block(
       scaled: float32, lower triangular: the block's corner of the Hessian's factor over its
         diagonal. What is above the diagonal is not read.
       grid: one for all columns (b = 1), or one for each.
-      nearest: rounds to a grid, elementwise; traced into the program.
-      implementation: see `implementation.resolve`. The kernel adds in another order: a weight that
+      bits: the kind of grid.
+      implementation: see `implementation.resolve`. The kernels add in another order: a weight that
         lies on a tie may be rounded to its other neighbour.
 
     Raises:
@@ -52,11 +47,14 @@ def gptq_block(
             f"a block of {columns} columns with grids for {grid.shape[2]}: expected a multiple of "
             f"{STRIP}, and one grid or {columns}"
         )
-    if implementations.resolve(implementation) == "xla":
-        return gptq_block_xla(target, weights, scaled, grid, nearest)
-    from pallas_kernels.device import gptq_block_pallas as device  # needs Pallas's Triton
-
-    return device.gptq_block(target, weights, scaled, grid, nearest)
+    match implementations.resolve(implementation):
+        case "xla":
+            return gptq_block_xla(target, weights, scaled, grid, bits)
+        case "pallas":
+            from pallas_kernels.device import gptq_block_pallas as device
+        case "triton":
+            from pallas_kernels.device import gptq_block_triton as device
+    return device.gptq_block(target, weights, scaled, grid, bits)
 
 
 def gptq_block_xla(
@@ -64,7 +62,7 @@ def gptq_block_xla(
     weights: Float[Array, "E B R"],
     scaled: Float[Array, "E B B"],
     grid: Float[Array, "2 E b R"],
-    nearest: Nearest,
+    bits: Bits,
 ) -> Float[Array, "E B R"]:
     """The reference: a product for each strip of columns, then the strip column by column."""
 
@@ -79,7 +77,7 @@ def gptq_block_xla(
             lax.dynamic_slice_in_dim(weights, at, STRIP, 1),
             lax.dynamic_slice_in_dim(scaled_ESB, at, STRIP, 2),
             _columns(grid, at),
-            nearest,
+            bits,
         )
         return lax.dynamic_update_slice_in_dim(D_EBR, D_ESR, at, 1)
 
@@ -92,7 +90,7 @@ def _columns(grid_2EbR, at):
     return lax.dynamic_slice_in_dim(grid_2EbR, at, STRIP, 2)
 
 
-def _solve_columns(target_ESR, W_ESR, scaled_ESS, grid_2EbR, nearest):
+def _solve_columns(target_ESR, W_ESR, scaled_ESS, grid_2EbR, bits):
     """The innermost recursion; unrolled, so that columns fuse."""
     D = []
     for j in range(STRIP):
@@ -100,5 +98,5 @@ def _solve_columns(target_ESR, W_ESR, scaled_ESS, grid_2EbR, nearest):
         for i in range(j):
             target_ER += scaled_ESS[:, j, i, None] * D[i]
         grid_2ER = grid_2EbR[:, :, min(j, grid_2EbR.shape[2] - 1)]
-        D.append(W_ESR[:, j] - nearest(target_ER, grid_2ER))
+        D.append(W_ESR[:, j] - grid_levels.nearest(target_ER, grid_2ER, bits))
     return jnp.stack(D, 1)

@@ -46,10 +46,13 @@ def grouped_matmul(
             f"{columns}] and `group_sizes` [{experts}], got {x.dtype} {x.shape} and "
             f"{group_sizes.shape}"
         )
-    if implementations.resolve(implementation) == "xla":
-        return grouped_matmul_xla(x, weights, group_sizes)
-    from pallas_kernels.device import grouped_matmul_pallas as device  # needs Pallas's Triton
-
+    match implementations.resolve(implementation):
+        case "xla":
+            return grouped_matmul_xla(x, weights, group_sizes)
+        case "pallas":
+            from pallas_kernels.device import grouped_matmul_pallas as device
+        case "triton":
+            from pallas_kernels.device import grouped_matmul_triton as device
     if not x.shape[0]:
         return jnp.zeros((0, rows), x.dtype)
     height = device.tile(x.dtype)

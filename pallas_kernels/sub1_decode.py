@@ -42,12 +42,15 @@ def sub1_decode(
         raise ValueError(f"`experts` must be integers [n], got {experts.dtype} {experts.shape}")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"`dtype` must be float32 or bfloat16, got {jnp.dtype(dtype).name}")
-    if implementations.resolve(implementation) == "xla":
-        return sub1_decode_xla(packed, entries, experts, dtype)
+    match implementations.resolve(implementation):
+        case "xla":
+            return sub1_decode_xla(packed, entries, experts, dtype)
+        case "pallas":
+            from pallas_kernels.device import sub1_decode_pallas as device
+        case "triton":
+            from pallas_kernels.device import sub1_decode_triton as device
     if not experts.shape[0]:
         return jnp.zeros((0, *packed.shape[1:]), dtype)
-    from pallas_kernels.device import sub1_decode_pallas as device  # needs Pallas's Triton
-
     return device.sub1_decode(packed, entries, experts, dtype)
 
 

@@ -45,14 +45,17 @@ def sub1_matmul(
       ValueError: shapes or dtypes that do not fit.
     """
     _check(x, packed, entries, group_sizes)
-    if implementations.resolve(implementation) == "xla":
-        return sub1_matmul_xla(x, packed, entries, group_sizes)
+    match implementations.resolve(implementation):
+        case "xla":
+            return sub1_matmul_xla(x, packed, entries, group_sizes)
+        case "pallas":
+            from pallas_kernels.device import sub1_matmul_pallas as device
+        case "triton":
+            from pallas_kernels.device import sub1_matmul_triton as device
     if not x.shape[0]:
         return jnp.zeros((0, packed.shape[1]), x.dtype)
     height = tile_tokens(x.shape[0], packed.shape[0])
     tiles = token_tiles.token_tiles(group_sizes, x.shape[0], height)
-    from pallas_kernels.device import sub1_matmul_pallas as device  # needs Pallas's Triton
-
     return device.sub1_matmul(x, packed, entries, tiles, height)
 
 

@@ -27,12 +27,16 @@ class TokenTiles:
 
 
 def token_tiles(group_sizes: Int[Array, " experts"], tokens: int, height: int) -> TokenTiles:
-    """Cuts sorted tokens into tiles; as many as any `group_sizes` may need."""
+    """Cuts sorted tokens into tiles; as many as any `group_sizes` may need.
+
+    No tile reaches outside of the tokens, whatever `group_sizes` holds.
+    """
     experts = group_sizes.shape[0]
-    sizes = group_sizes.astype(jnp.int32)
-    sizes = jnp.append(sizes, tokens - jnp.sum(sizes, dtype=jnp.int32))
+    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes.astype(jnp.int32), 0)), tokens)
+    ends = jnp.append(ends, jnp.int32(tokens))
+    sizes = jnp.diff(ends, prepend=jnp.int32(0))
     tiles = -(-sizes // height)
-    last_tiles, ends = jnp.cumsum(tiles), jnp.cumsum(sizes)
+    last_tiles = jnp.cumsum(tiles)
     count = -(-tokens // height) + min(experts + 1, tokens)
     tile = jnp.arange(count, dtype=jnp.int32)
     group = jnp.searchsorted(last_tiles, tile, side="right").astype(jnp.int32)

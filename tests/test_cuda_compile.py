@@ -16,15 +16,27 @@ if sys.platform != "linux":
     pytest.skip("the triton package is for Linux", allow_module_level=True)
 
 from pallas_kernels import cuda_compile
+from pallas_kernels.device import (
+    gptq_block_triton,
+    grouped_matmul_triton,
+    sub1_decode_triton,
+    sub1_matmul_triton,
+)
+from pallas_kernels.token_tiles import TokenTiles
 
 Shape = jax.ShapeDtypeStruct
+SOME = jnp.zeros(20, jnp.int32)
+TILES = TokenTiles(SOME, SOME, SOME)
 ENTRIES = Shape((65_536,), jnp.uint32)
 SHORT_ROWS, LONG_ROWS = Case("short", 96, 768, (1,) * 8), Case("long", 32, 3072, (1,) * 8)
 
 
+def packed(case: Case):
+    return testing.random_packed(dictionary.nonzero_table(), case)
+
+
 def abstract(case: Case):
-    packed = testing.random_packed(dictionary.nonzero_table(), case)
-    return jax.tree.map(lambda array: Shape(array.shape, array.dtype), packed)
+    return jax.tree.map(lambda array: Shape(array.shape, array.dtype), packed(case))
 
 
 def assert_sound(kernel: cuda_compile.CompiledKernel, capability: int) -> None:
@@ -88,12 +100,10 @@ def test_executed_instructions_follow_the_longest_loop():
 @pytest.mark.parametrize("bits", ["ternary", 2])
 def test_gptq_block(bits, capability):
     from pallas_kernels.device import gptq_block_pallas
-    from qmoe_jax.quantization import grids
 
-    nearest = functools.partial(grids.nearest, bits=bits)
     shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), (2, 16, 1, 1024))
     (kernel,) = cuda_compile.compile_kernels(
-        functools.partial(gptq_block_pallas.gptq_block, nearest=nearest),
+        functools.partial(gptq_block_pallas.gptq_block, bits=bits),
         *(Shape(shape, jnp.float32) for shape in shapes),
         capability=capability,
     )
@@ -112,6 +122,47 @@ def test_grouped_matmul(dtype, capability):
         capability=capability,
     )
     assert kernel.name == "grouped_matmul"
+    assert_sound(kernel, capability)
+    on_tensor_cores = any(text.startswith(("HMMA", "HGMMA")) for text in kernel.instructions)
+    assert on_tensor_cores == (dtype is jnp.bfloat16)  # TF32 would round float32
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("height", [1, 8])
+@pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
+def test_sub1_matmul_in_triton(case, height, capability):
+    tokens = case.experts * height
+    x = jnp.zeros((tokens, case.columns), jnp.bfloat16)
+    launch = sub1_matmul_triton.plan(x, packed(case), ENTRIES, TILES, height)
+    kernel = cuda_compile.compile_launch(launch, capability=capability)
+    assert kernel.name == "sub1_matmul_kernel"
+    assert_sound(kernel, capability)
+    assert not any(text.startswith("BAR") for text in kernel.instructions)  # a warp by itself
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
+def test_sub1_decode_in_triton(case, capability):
+    dtype = jnp.dtype(jnp.bfloat16)
+    for checked in (False, True):
+        launch = sub1_decode_triton.plan(packed(case), ENTRIES, SOME, dtype, checked=checked)
+        assert_sound(cuda_compile.compile_launch(launch, capability=capability), capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("bits", ["ternary", 2])
+def test_gptq_block_in_triton(bits, capability):
+    shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), (2, 16, 1, 1024))
+    launch = gptq_block_triton.plan(*map(jnp.zeros, shapes), bits=bits)
+    assert_sound(cuda_compile.compile_launch(launch, capability=capability), capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_grouped_matmul_in_triton(dtype, capability):
+    x, weights = jnp.zeros((64, 768), dtype), jnp.zeros((2, 3072, 768), dtype)
+    launch = grouped_matmul_triton.plan(x, weights, TILES, grouped_matmul_triton.tile(dtype))
+    kernel = cuda_compile.compile_launch(launch, capability=capability)
     assert_sound(kernel, capability)
     on_tensor_cores = any(text.startswith(("HMMA", "HGMMA")) for text in kernel.instructions)
     assert on_tensor_cores == (dtype is jnp.bfloat16)  # TF32 would round float32

@@ -5,6 +5,7 @@ import numpy as np
 import oracles
 import pytest
 
+from pallas_kernels import grid_levels
 from qmoe_jax.quantization import gptq, grids
 
 GPTQ_CASES = [
@@ -155,7 +156,7 @@ def test_levels_and_grid_give_the_kernel(bits, group_size):
         options=gptq.GptqOptions(group_size=group_size),
     )
     grid = np.repeat(np.asarray(result.grid), group_size or 70, axis=3)[..., :70]
-    values = grids.dequantize(result.levels, jnp.array(grid), bits)
+    values = grid_levels.dequantize(result.levels, jnp.array(grid), bits)
     np.testing.assert_array_equal(values, result.kernel.mT)
     np.testing.assert_array_equal(grid, grid.astype(jnp.bfloat16).astype(np.float32))
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import gptq_block
+from pallas_kernels import gptq_block, grid_levels
 from pallas_kernels.device import gptq_block_pallas
 from qmoe_jax.quantization import gptq, grids
 from qmoe_jax.quantization.gptq import GptqOptions
@@ -35,7 +35,7 @@ def column_by_column(target, weights, scaled, grid, *, bits):
     for j in range(weights.shape[1]):
         value = target[:, j] + np.einsum("ei,eir->er", scaled[:, j, :j], D[:, :j])
         at = jnp.asarray(grid[:, :, min(j, grid.shape[2] - 1)])
-        D[:, j] = weights[:, j] - grids.nearest(jnp.asarray(value, jnp.float32), at, bits)
+        D[:, j] = weights[:, j] - grid_levels.nearest(jnp.asarray(value, jnp.float32), at, bits)
     return D
 
 
@@ -44,11 +44,10 @@ def column_by_column(target, weights, scaled, grid, *, bits):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_reference_and_kernel_solve_every_column(shape, bits, by_column):
     given = inputs(shape, bits, by_column)
-    nearest = functools.partial(grids.nearest, bits=bits)
     expected = column_by_column(*given, bits=bits)
-    solve = functools.partial(gptq_block.gptq_block_xla, nearest=nearest)
+    solve = functools.partial(gptq_block.gptq_block_xla, bits=bits)
     by_xla = jax.jit(solve)(*given)
-    solve = functools.partial(gptq_block_pallas.gptq_block, nearest=nearest, interpret=True)
+    solve = functools.partial(gptq_block_pallas.gptq_block, bits=bits, interpret=True)
     by_pallas = jax.jit(solve)(*given)
     np.testing.assert_allclose(by_xla, expected, atol=1e-5)
     np.testing.assert_allclose(by_pallas, expected, atol=1e-5)
@@ -75,13 +74,13 @@ def test_the_goldens_level_for_level_through_the_kernel(data_dir, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("bits", ["ternary", 2, 4])
-def test_a_large_block_on_the_device(bits):
+def test_a_large_block_on_the_device(bits, implementation):
     given = inputs((16, 128, 1024), bits, False)
-    nearest = functools.partial(grids.nearest, bits=bits)
-    solve = functools.partial(gptq_block.gptq_block, nearest=nearest)
+    solve = functools.partial(gptq_block.gptq_block, bits=bits)
     by_xla = jax.jit(functools.partial(solve, implementation="xla"))(*given)
-    found = jax.jit(functools.partial(solve, implementation="pallas"))(*given)
+    found = jax.jit(functools.partial(solve, implementation=implementation))(*given)
     assert np.mean(np.abs(found - by_xla) < 1e-4) > 0.9999
 
 
@@ -91,5 +90,5 @@ def test_blocks_of_other_columns_are_refused(columns, grid):
     with pytest.raises(ValueError, match="expected a multiple of 8, and one grid or"):
         gptq_block.gptq_block(
             *(array, array, jnp.zeros((1, columns, columns)), jnp.zeros((2, 1, grid, 4))),
-            lambda weights, grid: weights,
+            "ternary",
         )

@@ -4,6 +4,7 @@ import numpy as np
 import oracles
 import pytest
 
+from pallas_kernels import grid_levels
 from qmoe_jax.quantization import grids
 
 
@@ -11,7 +12,7 @@ def test_ternary_ties_go_to_zero_and_ranges_include_zero():
     rows = np.array([[-1.0, -0.5, 0.5, 1.0], [0.25, 0.5, 0.75, 1.0], [0, 0, 0, 0]], np.float32)
     grid = grids.fit(jnp.array(rows.T), "ternary", False)
     np.testing.assert_array_equal(grid, [[-1, 0, -1], [1, 1, 1]])
-    levels = grids.quantize(
+    levels = grid_levels.quantize(
         jnp.array(rows.T), jnp.broadcast_to(grid[:, None], (2, 4, 3)), "ternary"
     )
     np.testing.assert_array_equal(levels.T, [[1, 0, 0, 2], [0, 0, 2, 2], [0, 0, 0, 0]])
@@ -22,7 +23,7 @@ def test_agrees_with_the_oracle(bits):
     rows = np.random.default_rng(0).normal(size=(32, 50)).astype(np.float32)
     grid = grids.fit(jnp.array(rows.T), bits, False)
     wide = jnp.broadcast_to(grid[:, None], (2, 50, 32))
-    values = grids.dequantize(grids.quantize(jnp.array(rows.T), wide, bits), wide, bits)
+    values = grid_levels.dequantize(grid_levels.quantize(jnp.array(rows.T), wide, bits), wide, bits)
     exact = oracles.fit_grid(rows.astype(np.float64), bits)
     expected = np.stack([oracles.to_grid(column, exact, bits) for column in rows.T])
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-6)

@@ -47,11 +47,12 @@ def test_every_shape(case, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", [*CASES, (768, 3072, (100, 0, 300, 1), 3)])
-def test_every_shape_on_the_device(case, dtype):
+def test_every_shape_on_the_device(case, dtype, implementation):
     x, weights, sizes, expected = inputs(case, dtype)
-    found = grouped_matmul.grouped_matmul(x, weights, sizes, implementation="pallas")
+    found = grouped_matmul.grouped_matmul(x, weights, sizes, implementation=implementation)
     assert_close(found, expected, dtype)
 
 

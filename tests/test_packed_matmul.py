@@ -61,9 +61,10 @@ def test_arguments_that_do_not_fit():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("path", ["fused", "dense"])
 @pytest.mark.parametrize("case", [*SMALL, *PUBLISHED, BUSY], ids=lambda case: case.name)
-def test_every_shape_on_the_device(case, path):
+def test_every_shape_on_the_device(case, path, implementation):
     *arguments, products = inputs(case, jnp.bfloat16)
-    found = packed_matmul.packed_matmul(*arguments, implementation="pallas", path=path)
+    found = packed_matmul.packed_matmul(*arguments, implementation=implementation, path=path)
     test_sub1_matmul.assert_close(found, products, jnp.bfloat16)

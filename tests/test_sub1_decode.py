@@ -38,13 +38,14 @@ def test_every_shape_is_exact(case, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", [*SMALL, *PUBLISHED], ids=lambda case: case.name)
-def test_every_shape_on_the_device(case, dtype):
+def test_every_shape_on_the_device(case, dtype, implementation):
     packed = testing.random_packed(ENTRIES, case)
     record, experts = jax.tree.map(jnp.asarray, packed), jnp.arange(case.experts)
     found = sub1_decode.sub1_decode(
-        record, jnp.asarray(ENTRIES), experts, dtype=dtype, implementation="pallas"
+        record, jnp.asarray(ENTRIES), experts, dtype=dtype, implementation=implementation
     )
     np.testing.assert_array_equal(np.asarray(found, np.float64), testing.dense(packed, ENTRIES))
 

@@ -63,11 +63,12 @@ def test_every_shape(case, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", [*SMALL, *PUBLISHED], ids=lambda case: case.name)
-def test_every_shape_on_the_device(case, dtype):
+def test_every_shape_on_the_device(case, dtype, implementation):
     *arguments, products = inputs(case, dtype)
-    found = sub1_matmul.sub1_matmul(*arguments, implementation="pallas")
+    found = sub1_matmul.sub1_matmul(*arguments, implementation=implementation)
     assert_close(found, products, dtype)
 
 

@@ -25,3 +25,12 @@ def test_tiles_hold_every_token_once_and_one_expert_each(cuts, height):
         assert (owner[first:stop] == expert).all()
         seen += range(first, stop)
     assert seen == list(range(tokens))
+
+
+@pytest.mark.parametrize("sizes", [(30, 30, 30), (100, 0, 0), (-5, 50, 3)])
+def test_no_tile_reaches_outside_whatever_the_sizes(sizes):
+    tiles = TILES(jnp.asarray(sizes, jnp.int32), 40, 8)
+    first, stop, expert = (np.asarray(a) for a in (tiles.first, tiles.stop, tiles.expert))
+    assert ((first >= 0) & (stop <= 40) & (expert >= 0) & (expert <= 3)).all()
+    covered = np.concatenate([np.arange(a, b) for a, b in zip(first, stop, strict=True)])
+    assert sorted(covered) == list(range(40))

@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
-from pallas_kernels.gptq_block import Nearest
+from pallas_kernels import grid_levels
+from pallas_kernels.grid_levels import Bits
 
 ROWS = 32  # of a program; 64 spill
 _WARPS = 4
@@ -25,19 +26,19 @@ def gptq_block(
     weights: Float[Array, "E B R"],
     scaled: Float[Array, "E B B"],
     grid: Float[Array, "2 E b R"],
-    nearest: Nearest,
+    bits: Bits,
     *,
     interpret: bool = False,
 ) -> Float[Array, "E B R"]:
     """See `pallas_kernels.gptq_block`.
 
     Args:
-      target, weights, scaled, grid, nearest: as there.
+      target, weights, scaled, grid, bits: as there.
       interpret: run on the CPU.
     """
     experts, _, rows = weights.shape
     return pl.pallas_call(
-        functools.partial(_kernel, weights.shape, grid.shape[2] > 1, nearest),
+        functools.partial(_kernel, weights.shape, grid.shape[2] > 1, bits),
         out_shape=jax.ShapeDtypeStruct(weights.shape, weights.dtype),
         grid=(experts, pl.cdiv(rows, ROWS)),
         in_specs=[pl.BlockSpec()] * 4,
@@ -50,7 +51,7 @@ def gptq_block(
 def _kernel(
     shape: tuple[int, ...],
     grid_by_column: bool,
-    nearest: Nearest,
+    bits: Bits,
     target_ref,  # [E, B, R]
     weights_ref,  # [E, B, R]
     scaled_ref,  # [E, B, B]
@@ -75,7 +76,9 @@ def _kernel(
         target_R = load(target_ref, expert, j) + jnp.sum(scaled_B[:, None] * D_BR, axis=0)
         at = j if grid_by_column else 0
         first_R, second_R = (load(grid_ref, i, expert, at) for i in range(2))
-        D_R = load(weights_ref, expert, j) - nearest(target_R, (first_R, second_R))
+        D_R = load(weights_ref, expert, j) - grid_levels.nearest(
+            target_R, (first_R, second_R), bits
+        )
         return jnp.where((column_B == j)[:, None], D_R[None, :], D_BR)
 
     D_BR = jax.lax.fori_loop(0, columns, solve, jnp.zeros((len(column_B), ROWS), jnp.float32))

@@ -15,7 +15,8 @@ from jax.experimental.pallas import triton as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels.device import rows_of_words
+from pallas_kernels.device import rows_of_words_pallas
+from pallas_kernels.device.row_shape import RowShape, row_shape
 from pallas_kernels.packed import PackedExperts
 
 _CLEARED = 256  # columns a step
@@ -39,8 +40,8 @@ def sub1_decode(
         expand to its columns begins with NaN.
       interpret: run on the CPU.
     """
-    shape = rows_of_words.shape(packed)
-    inputs = (experts.astype(jnp.int32), *rows_of_words.operands(packed), entries)
+    shape = row_shape(packed)
+    inputs = (experts.astype(jnp.int32), *rows_of_words_pallas.operands(packed), entries)
     barrier = (lambda: None) if interpret else plgpu.debug_barrier  # interpreted in order
     return pl.pallas_call(
         functools.partial(_kernel, packed.shape, shape, checked, barrier),
@@ -55,7 +56,7 @@ def sub1_decode(
 
 def _kernel(
     packed_shape: tuple[int, int, int],
-    shape: rows_of_words.RowShape,
+    shape: RowShape,
     checked: bool,
     barrier,
     experts_ref,  # [n]
@@ -69,7 +70,7 @@ def _kernel(
     columns = packed_shape[2]
     n, block = pl.program_id(0), pl.program_id(1)
     expert = experts_ref[n]
-    rows = rows_of_words.open_rows(
+    rows = rows_of_words_pallas.open_rows(
         shape, packed_shape, expert, block, bases_ref, starts_ref, values_ref
     )
     low, high = (value.astype(out_ref.dtype) for value in (rows.low, rows.high))
@@ -81,7 +82,7 @@ def _kernel(
         plgpu.store(out_ref.at[n, rows.row[:, None], column[None, :]], zeros, mask=inside)
 
     def step(i, place_R):
-        nonzeros, place_R = rows_of_words.read_step(
+        nonzeros, place_R = rows_of_words_pallas.read_step(
             shape, rows, i, place_R, codes_ref, entries_ref, columns, checked
         )
         for column, present, is_high in nonzeros:
@@ -92,7 +93,7 @@ def _kernel(
     jax.lax.fori_loop(0, pl.cdiv(columns, _CLEARED), clear, None)
     barrier()
     place_R = jnp.zeros((shape.rows,), jnp.int32)
-    place_R = jax.lax.fori_loop(0, rows_of_words.steps(shape, rows), step, place_R)
+    place_R = jax.lax.fori_loop(0, rows_of_words_pallas.steps(shape, rows), step, place_R)
     if checked:
         barrier()
         wrong_R = rows.inside & (expert < packed_shape[0]) & (place_R != columns + columns % 2)

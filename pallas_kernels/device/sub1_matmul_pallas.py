@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, UInt32
 
-from pallas_kernels.device import rows_of_words
+from pallas_kernels.device import rows_of_words_pallas
+from pallas_kernels.device.row_shape import RowShape, row_shape
 from pallas_kernels.packed import PackedExperts
 from pallas_kernels.token_tiles import TokenTiles
 
@@ -38,9 +39,9 @@ def sub1_matmul(
         expand to its columns gives NaN.
       interpret: run on the CPU.
     """
-    shape = rows_of_words.shape(packed)
+    shape = row_shape(packed)
     tile_refs = (tiles.expert, tiles.first, tiles.stop)
-    inputs = (*tile_refs, x, *rows_of_words.operands(packed), entries)
+    inputs = (*tile_refs, x, *rows_of_words_pallas.operands(packed), entries)
     rows = packed.shape[1]
     return pl.pallas_call(
         functools.partial(_kernel, packed.shape, shape, height, checked),
@@ -55,7 +56,7 @@ def sub1_matmul(
 
 def _kernel(
     packed_shape: tuple[int, int, int],
-    shape: rows_of_words.RowShape,
+    shape: RowShape,
     height: int,
     checked: bool,
     expert_ref,  # [tiles], as the next two
@@ -72,7 +73,7 @@ def _kernel(
     columns = packed_shape[2]
     tile, block = pl.program_id(0), pl.program_id(1)
     expert, first, stop = expert_ref[tile], first_ref[tile], stop_ref[tile]
-    rows = rows_of_words.open_rows(
+    rows = rows_of_words_pallas.open_rows(
         shape, packed_shape, expert, block, bases_ref, starts_ref, values_ref
     )
     low, high = (value.astype(jnp.float32) for value in (rows.low, rows.high))
@@ -81,7 +82,7 @@ def _kernel(
 
     def step(i, state):
         place_R, sums = state
-        nonzeros, place_R = rows_of_words.read_step(
+        nonzeros, place_R = rows_of_words_pallas.read_step(
             shape, rows, i, place_R, codes_ref, entries_ref, columns, checked
         )
         sums = list(sums)
@@ -95,7 +96,7 @@ def _kernel(
 
     zeros = jnp.zeros((shape.rows, shape.lanes), jnp.float32)
     state = jnp.zeros((shape.rows,), jnp.int32), (zeros,) * height
-    place_R, sums = jax.lax.fori_loop(0, rows_of_words.steps(shape, rows), step, state)
+    place_R, sums = jax.lax.fori_loop(0, rows_of_words_pallas.steps(shape, rows), step, state)
     for t in range(height):
         y_R = jnp.sum(sums[t], axis=1)
         if checked:

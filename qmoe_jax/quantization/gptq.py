@@ -29,7 +29,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from pallas_kernels import grid_levels
 from pallas_kernels.gptq_block import STRIP, gptq_block
+from pallas_kernels.grid_levels import Bits
 from qmoe_jax.quantization import grids
 
 SUPERBLOCKS = 8  # bounds both the program's size and the zeros multiplied (one in 8)
@@ -77,7 +79,7 @@ class GptqOptions:
 
 @functools.partial(jax.jit, static_argnames=("bits", "store_bfloat16"))
 def round_to_nearest(
-    kernel: Float[Array, "E C R"], *, bits: grids.Bits, store_bfloat16: bool = True
+    kernel: Float[Array, "E C R"], *, bits: Bits, store_bfloat16: bool = True
 ) -> Quantized:
     """Each weight to its nearest grid value; the paper's baseline. No Hessian, no solve.
 
@@ -86,8 +88,8 @@ def round_to_nearest(
     W_ECR = kernel.astype(jnp.float32)
     grid_2ER = grids.fit(W_ECR, bits, store_bfloat16)
     grid_2ECR = jnp.broadcast_to(grid_2ER[:, :, None, :], (2, *W_ECR.shape))
-    levels_ECR = grids.quantize(W_ECR, grid_2ECR, bits)
-    Q_ECR = grids.dequantize(levels_ECR, grid_2ECR, bits)
+    levels_ECR = grid_levels.quantize(W_ECR, grid_2ECR, bits)
+    Q_ECR = grid_levels.dequantize(levels_ECR, grid_2ECR, bits)
     return Quantized(
         levels=levels_ECR.mT,
         grid=grid_2ER[..., None],
@@ -102,7 +104,7 @@ def gptq(
     kernel: Float[Array, "E C R"],
     hessian: Float[Array, "E C C"],
     *,
-    bits: grids.Bits,
+    bits: Bits,
     options: GptqOptions = GptqOptions(),
     store_bfloat16: bool = True,
 ) -> Quantized:
@@ -130,8 +132,8 @@ def gptq(
 
     D_ECR, grid_2EGR = _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16)
     grid_2ECR = _per_column(grid_2EGR, W_ECR.shape[1])
-    levels_ECR = grids.quantize(W_ECR - D_ECR, grid_2ECR, bits)
-    Q_ECR = grids.dequantize(levels_ECR, grid_2ECR, bits)
+    levels_ECR = grid_levels.quantize(W_ECR - D_ECR, grid_2ECR, bits)
+    Q_ECR = grid_levels.dequantize(levels_ECR, grid_2ECR, bits)
     back_EC = None if order_EC is None else jnp.argsort(order_EC, axis=1)
     return Quantized(
         levels=_take(levels_ECR[:, :C], back_EC).mT,
@@ -170,7 +172,6 @@ def _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16):
     groups = C // group if group else 1
     row_grid_2ER = grids.fit(W_ECR, bits, store_bfloat16)
     grid_2EGR = jnp.broadcast_to(row_grid_2ER[:, :, None, :], (2, E, groups, R))
-    nearest = functools.partial(grids.nearest, bits=bits)
     per_superblock = -(-C // (block * SUPERBLOCKS))
     width = per_superblock * block
 
@@ -194,7 +195,7 @@ def _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16):
         else:
             grid_2EbR = grid_2EGR  # one for all columns
         scaled_EBB = lax.dynamic_slice_in_dim(scaled_EBc, inside, block, 2)
-        D_EBR = gptq_block(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EbR, nearest)
+        D_EBR = gptq_block(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EbR, bits)
         D_ECR = lax.dynamic_update_slice_in_dim(D_ECR, D_EBR, at, 1)
         return D_ECR, grid_2EGR, before_EcR
 

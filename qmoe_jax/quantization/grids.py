@@ -1,25 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The values that a quantized weight may take.
+"""The grids of quantized weights: their names in settings, and how they are fitted.
 
-A grid is two float32 numbers for each row, or for each group of columns of a row:
-
-* ternary: the row's smallest and largest value; a weight is one of 0, min, max (levels 0, 1, 2);
-* uniform (2, 3 or 4 bits): scale and zero point; a weight is `scale * (level - zero)`.
-
-Both follow the published QMoE code, so that its packed checkpoints and goldens can be met level for
-level. Dimensions: `models/config.py` has the key; here the two numbers are axis 0 of a grid.
+Both kinds (`pallas_kernels.grid_levels`) follow the published QMoE code, so that its packed
+checkpoints and goldens can be met level for level. Dimensions: `models/config.py` has the key; here
+a grid's two numbers are its axis 0.
 """
 
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
-Bits = Literal["ternary", 2, 3, 4]
+from pallas_kernels.grid_levels import Bits
+
 BITS: tuple[Bits, ...] = get_args(Bits)
-
-# The two numbers for each weight: one array, or two.
-Grid: TypeAlias = Float[Array, "2 *shape"] | tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
 
 
 def parse_bits(bits: str | int | float) -> Bits:
@@ -60,37 +54,6 @@ def fit(
     steps = jnp.where(high > low, jnp.float32(2**bits - 1), jnp.float32(1))
     scale = _rounded((high - low) / steps, store_bfloat16)
     return jnp.stack([scale, jnp.round(-low / scale)])
-
-
-def quantize(weights: Float[Array, "*shape"], grid: Grid, bits: Bits) -> UInt8[Array, "*shape"]:
-    """The level of each weight on a grid of the same shape; ternary ties go to 0."""
-    first, second = grid
-    if bits == "ternary":
-        below = jnp.where(weights < first / 2, jnp.uint8(1), jnp.uint8(0))
-        return jnp.where(weights > second / 2, jnp.uint8(2), below)
-    level = _round_half_even(weights / first) + second
-    return jnp.clip(level, 0, 2**bits - 1).astype(jnp.uint8)
-
-
-def dequantize(levels: UInt8[Array, "*shape"], grid: Grid, bits: Bits) -> Float[Array, "*shape"]:
-    """The float32 weight behind each level on a grid of the same shape."""
-    first, second = grid
-    if bits == "ternary":
-        return jnp.where(levels == 1, first, jnp.where(levels == 2, second, 0.0))
-    return first * (levels.astype(jnp.float32) - second)
-
-
-def nearest(weights: Float[Array, "*shape"], grid: Grid, bits: Bits) -> Float[Array, "*shape"]:
-    """The dequantized levels of the weights."""
-    return dequantize(quantize(weights, grid, bits), grid, bits)
-
-
-def _round_half_even(values: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """`jnp.round`, of operations that Pallas's GPU kernels have too."""
-    below = jnp.floor(values)
-    over = values - below
-    odd = below - 2 * jnp.floor(below / 2) == 1
-    return jnp.where((over > 0.5) | ((over == 0.5) & odd), below + 1, below)
 
 
 def _rounded(values: Float[Array, "*shape"], to_bfloat16: bool) -> Float[Array, "*shape"]:

@@ -6,8 +6,6 @@ begin ties a lane to the others: one prefix sum of the lengths of all its words.
 table entries wait for that sum, so the loads of a step are all under way at once.
 """
 
-import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,26 +14,10 @@ import numpy as np
 from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels import packed as packed_lib
+from pallas_kernels.device.row_shape import RowShape
 from pallas_kernels.packed import BLOCK_WORDS, MAX_NONZEROS, PackedExperts
 
-_WARP = 32
-_SPREAD = 1.1  # of words a row: the longest of a few rows over the mean
-_SHORT_ROW = 48  # words
 _NOTHING = np.uint32(0)
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape:
-    """What a warp has in hand at a time."""
-
-    rows: int
-    lanes: int  # of each row; a power of two
-    words: int  # of each lane
-
-    @property
-    def step(self) -> int:
-        """Words of a row."""
-        return self.lanes * self.words
 
 
 class Rows(NamedTuple):
@@ -56,20 +38,6 @@ class Nonzero(NamedTuple):
     column: Any  # [rows, lanes]
     present: Any
     is_high: Any
-
-
-def shape(packed: PackedExperts) -> RowShape:
-    """A step that takes a short row at once, and a longer one in equal steps.
-
-    Fewer lanes a row spend fewer instructions on the prefix sum and on a program's beginning and
-    end, which more rows then share; more lanes read neighbouring words and columns together.
-    """
-    experts, rows, _ = packed.shape
-    mean = packed.codes.size / (experts * rows)
-    lanes, most = (4, 14) if mean <= _SHORT_ROW else (8, 6)
-    longest = _SPREAD * mean
-    steps = math.ceil(longest / (lanes * most))
-    return RowShape(_WARP // lanes, lanes, math.ceil(longest / (lanes * steps)))
 
 
 def operands(packed: PackedExperts) -> tuple[Any, ...]:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`sub1_matmul` in Triton; the scheme is that of `sub1_matmul_pallas`."""
+
+from typing import no_type_check  # run-time checks would wrap what Triton parses
+
+import jax
+import triton
+import triton.language as tl
+from jaxtyping import Array, Float, UInt32
+
+from pallas_kernels.device import rows_of_words_triton as rows_of_words
+from pallas_kernels.device.row_shape import row_shape
+from pallas_kernels.device.triton_launch import Launch, launch
+from pallas_kernels.packed import PackedExperts
+from pallas_kernels.token_tiles import TokenTiles
+
+
+def sub1_matmul(
+    x: Float[Array, "tokens columns"],
+    packed: PackedExperts,
+    entries: UInt32[Array, " words"],
+    tiles: TokenTiles,
+    height: int,
+    *,
+    checked: bool = False,
+) -> Float[Array, "tokens rows"]:
+    """See `pallas_kernels.sub1_matmul` and, for `tiles` and on, `sub1_matmul_pallas`."""
+    return launch(plan(x, packed, entries, tiles, height, checked=checked))
+
+
+def plan(x, packed, entries, tiles, height, *, checked: bool = False) -> Launch:
+    """The kernel with its arguments."""
+    shape = row_shape(packed)
+    experts, rows, columns = packed.shape
+    return Launch(
+        kernel=sub1_matmul_kernel,
+        arguments=(
+            *(tiles.expert, tiles.first, tiles.stop, x, packed.codes, packed.expert_bases),
+            *(packed.row_starts, packed.row_values, entries),
+        ),
+        output=jax.ShapeDtypeStruct((x.shape[0], rows), x.dtype),
+        grid=(tiles.expert.shape[0], -(-rows // shape.rows)),
+        constants={
+            "TOKENS": x.shape[0],
+            "EXPERTS": experts,
+            "ROWS": rows,
+            "COLUMNS": columns,
+            "WORDS": packed.codes.size,
+            "TILE_ROWS": shape.rows,
+            "LANES": shape.lanes,
+            "LANE_WORDS": shape.words,
+            "HEIGHT": height,
+            "CHECKED": checked,
+        },
+        warps=1,
+        stages=1,
+    )
+
+
+@no_type_check
+@triton.jit
+def sub1_matmul_kernel(
+    tile_expert,  # int32 [tiles], as the next two
+    tile_first,
+    tile_stop,
+    x,  # [TOKENS, COLUMNS]
+    codes,
+    bases,
+    starts,
+    values,
+    entries,
+    y,  # [TOKENS, ROWS]
+    TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    LANES: tl.constexpr,
+    LANE_WORDS: tl.constexpr,
+    HEIGHT: tl.constexpr,
+    CHECKED: tl.constexpr,
+):
+    tile = tl.program_id(0)
+    expert = tl.load(tile_expert + tile)
+    first = tl.load(tile_first + tile)
+    stop = tl.load(tile_stop + tile)
+    row, _, base, begin, end, low, high = rows_of_words.open_rows(
+        expert, tl.program_id(1), bases, starts, values, EXPERTS, ROWS, TILE_ROWS
+    )
+    low, high = low.to(tl.float32), high.to(tl.float32)
+    # A tile's last tokens may be missing: then the last one is read again, and not stored.
+    rows_of_x = ()
+    sums = ()
+    for t in tl.static_range(HEIGHT):
+        token = tl.minimum(first + t, TOKENS - 1).to(tl.int64)
+        rows_of_x = rows_of_x + (x + token * COLUMNS,)  # noqa: RUF005
+        sums = sums + (tl.zeros((TILE_ROWS, LANES), tl.float32),)  # noqa: RUF005
+
+    place = tl.zeros((TILE_ROWS,), tl.int32)
+    words = tl.max((end - begin).to(tl.int32), axis=0)
+    for i in range((words + LANES * LANE_WORDS - 1) // (LANES * LANE_WORDS)):
+        found, column, place = rows_of_words.read_step(
+            i, place, base, begin, end, codes, entries, WORDS, LANES, LANE_WORDS, CHECKED
+        )
+        for w in tl.static_range(LANE_WORDS):
+            for field in tl.static_range(3):
+                at, present, is_high = rows_of_words.nonzero(found[w], column, field)
+                if CHECKED:
+                    present &= at < COLUMNS
+                weight = tl.where(is_high, high, low)
+                added = ()
+                for t in tl.static_range(HEIGHT):
+                    value = tl.load(rows_of_x[t] + at, mask=present, other=0)
+                    added = added + (sums[t] + weight * value.to(tl.float32),)  # noqa: RUF005
+                sums = added
+            column += (found[w] & 31).to(tl.int32)
+
+    for t in tl.static_range(HEIGHT):
+        total = tl.sum(sums[t], axis=1)
+        if CHECKED:
+            expected = tl.where(expert < EXPERTS, COLUMNS + COLUMNS % 2, 0)
+            total = tl.where(place == expected, total, float("nan"))
+        at = y + (first + t).to(tl.int64) * ROWS + row
+        stored_rows = tl.where(first + t < stop, ROWS, 0)
+        tl.store(at, total.to(y.dtype.element_ty), mask=row < stored_rows)
