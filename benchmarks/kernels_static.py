@@ -31,7 +31,7 @@ from pallas_kernels.device import (
     sub1_matmul_pallas,
     sub1_matmul_triton,
 )
-from pallas_kernels.device.row_shape import row_shape
+from pallas_kernels.device.row_shape import RowShape, row_shape
 from pallas_kernels.packed import PackedExperts
 from pallas_kernels.testing import Case
 from pallas_kernels.token_tiles import token_tiles
@@ -67,7 +67,10 @@ def decoding_table(capability: int, a_second: float) -> rich.table.Table:
         for name, tokens in (("sub1_matmul", 1), ("sub1_matmul", 8), ("sub1_decode", 0)):
             for language in LANGUAGES:
                 kernel = compiled(name, language, case, tokens, capability)
-                cost = lane_instructions(kernel, case) / max(tokens, 1)
+                shape = row_shape(abstract(case))
+                if (name, language) == ("sub1_matmul", "triton"):
+                    shape = sub1_matmul_triton.tile_shape(abstract(case), tokens)
+                cost = lane_instructions(kernel, case, shape) / max(tokens, 1)
                 table.add_row(
                     f"{name}, {tokens} token{'s'[: tokens > 1]}" if tokens else name,
                     language,
@@ -133,9 +136,8 @@ def abstract(case: Case) -> PackedExperts:
     return PackedExperts(**arrays, shape=(EXPERTS, case.rows, case.columns), codec="qmoe")
 
 
-def lane_instructions(kernel: CompiledKernel, case: Case) -> float:
+def lane_instructions(kernel: CompiledKernel, case: Case, shape: RowShape) -> float:
     """Executed for each weight."""
-    shape = row_shape(abstract(case))
     words = row_words(case)
     longest = words[: len(words) // shape.rows * shape.rows].reshape(-1, shape.rows).max(1)
     trips = np.ceil(longest / shape.step)

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, UInt8
 Bits: TypeAlias = Literal["ternary", 2, 3, 4]
 
 # The two numbers for each weight: one array, or two.
-Grid: TypeAlias = Float[Array, "2 *shape"] | tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
+Grid: TypeAlias = Float[Array, " 2 *shape"] | tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
 
 
 def quantize(weights: Float[Array, "*shape"], grid: Grid, bits: Bits) -> UInt8[Array, "*shape"]:

@@ -29,6 +29,7 @@ SOME = jnp.zeros(20, jnp.int32)
 TILES = TokenTiles(SOME, SOME, SOME)
 ENTRIES = Shape((65_536,), jnp.uint32)
 SHORT_ROWS, LONG_ROWS = Case("short", 96, 768, (1,) * 8), Case("long", 32, 3072, (1,) * 8)
+MIDDLE_ROWS = Case("middle", 72, 1024, (1,) * 8)  # the most words a lane
 
 
 def packed(case: Case):
@@ -129,7 +130,7 @@ def test_grouped_matmul(dtype, capability):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("height", [1, 8])
-@pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [SHORT_ROWS, MIDDLE_ROWS, LONG_ROWS], ids=lambda case: case.name)
 def test_sub1_matmul_in_triton(case, height, capability):
     tokens = case.experts * height
     x = jnp.zeros((tokens, case.columns), jnp.bfloat16)

@@ -25,15 +25,19 @@ class RowShape:
         return self.lanes * self.words
 
 
-def row_shape(packed: PackedExperts) -> RowShape:
+def row_shape(packed: PackedExperts, most_words: int = 14) -> RowShape:
     """A step that takes a short row at once, and a longer one in equal steps.
 
     Fewer lanes a row spend fewer instructions on the prefix sum and on a program's beginning and
     end, which more rows then share; more lanes read neighbouring words and columns together.
+
+    Args:
+      packed: the record.
+      most_words: of a lane in a short row, for all must fit a thread's registers.
     """
     experts, rows, _ = packed.shape
     mean = packed.codes.size / (experts * rows)
-    lanes, most = (4, 14) if mean <= _SHORT_ROW else (8, 6)
+    lanes, most = (4, most_words) if mean <= _SHORT_ROW else (8, 6)
     longest = _SPREAD * mean
     steps = math.ceil(longest / (lanes * most))
     return RowShape(_WARP // lanes, lanes, math.ceil(longest / (lanes * steps)))

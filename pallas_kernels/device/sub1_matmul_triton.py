@@ -9,7 +9,7 @@ import triton.language as tl
 from jaxtyping import Array, Float, UInt32
 
 from pallas_kernels.device import rows_of_words_triton as rows_of_words
-from pallas_kernels.device.row_shape import row_shape
+from pallas_kernels.device.row_shape import RowShape, row_shape
 from pallas_kernels.device.triton_launch import Launch, launch
 from pallas_kernels.packed import PackedExperts
 from pallas_kernels.token_tiles import TokenTiles
@@ -30,7 +30,7 @@ def sub1_matmul(
 
 def plan(x, packed, entries, tiles, height, *, checked: bool = False) -> Launch:
     """The kernel with its arguments."""
-    shape = row_shape(packed)
+    shape = tile_shape(packed, height)
     experts, rows, columns = packed.shape
     return Launch(
         kernel=sub1_matmul_kernel,
@@ -55,6 +55,11 @@ def plan(x, packed, entries, tiles, height, *, checked: bool = False) -> Launch:
         warps=1,
         stages=1,
     )
+
+
+def tile_shape(packed: PackedExperts, height: int) -> RowShape:
+    """Rows, lanes and words of a program; 13 words of 8 tokens spill."""
+    return row_shape(packed, 10 if height > 4 else 14)
 
 
 @no_type_check

@@ -88,8 +88,8 @@ def write_batch(buffer: TokenBuffer, batch: Batch, values: Shaped[np.ndarray, "B
 
 
 def read_rows(
-    data: Shaped[np.ndarray, "tokens *rest"], rows: Int[np.ndarray, " N"], size: int
-) -> Shaped[np.ndarray, "size *rest"]:
+    data: Shaped[np.ndarray, " tokens *rest"], rows: Int[np.ndarray, " N"], size: int
+) -> Shaped[np.ndarray, " size *rest"]:
     """Rows of a buffer (or of any array beside it), padded with zeros to `size`; a fresh array."""
     out = np.zeros((size, *data.shape[1:]), data.dtype)
     np.take(data, rows, axis=0, out=out[: len(rows)], mode="clip")

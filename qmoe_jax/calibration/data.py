@@ -21,9 +21,9 @@ SHUFFLE_BUFFER = 16_384  # documents; about 40 MB of C4
 class Sample:
     """One corrupted document, without padding."""
 
-    encoder_input_tokens: Int32[np.ndarray, "encoder_length"]
-    decoder_input_tokens: Int32[np.ndarray, "decoder_length"]  # targets shifted right, from 0 on
-    decoder_target_tokens: Int32[np.ndarray, "decoder_length"]
+    encoder_input_tokens: Int32[np.ndarray, " encoder_length"]
+    decoder_input_tokens: Int32[np.ndarray, " decoder_length"]  # targets shifted right, from 0 on
+    decoder_target_tokens: Int32[np.ndarray, " decoder_length"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +40,11 @@ class CorpusCounts:
 class SampleSet:
     """Samples one after the other; sample i is `tokens[offsets[i]:offsets[i + 1]]`."""
 
-    encoder_input_tokens: Int32[np.ndarray, "encoder_tokens"]
-    decoder_input_tokens: Int32[np.ndarray, "decoder_tokens"]
-    decoder_target_tokens: Int32[np.ndarray, "decoder_tokens"]
-    encoder_offsets: Int64[np.ndarray, "boundaries"]
-    decoder_offsets: Int64[np.ndarray, "boundaries"]
+    encoder_input_tokens: Int32[np.ndarray, " encoder_tokens"]
+    decoder_input_tokens: Int32[np.ndarray, " decoder_tokens"]
+    decoder_target_tokens: Int32[np.ndarray, " decoder_tokens"]
+    encoder_offsets: Int64[np.ndarray, " boundaries"]
+    decoder_offsets: Int64[np.ndarray, " boundaries"]
     counts: CorpusCounts = CorpusCounts()
 
     def __len__(self) -> int:
@@ -64,12 +64,12 @@ class SampleSet:
         return map(self.__getitem__, range(len(self)))
 
     @property
-    def encoder_lengths(self) -> Int64[np.ndarray, "samples"]:
+    def encoder_lengths(self) -> Int64[np.ndarray, " samples"]:
         """Encoder tokens per sample."""
         return np.diff(self.encoder_offsets)
 
     @property
-    def decoder_lengths(self) -> Int64[np.ndarray, "samples"]:
+    def decoder_lengths(self) -> Int64[np.ndarray, " samples"]:
         """Decoder tokens per sample."""
         return np.diff(self.decoder_offsets)
 
@@ -129,7 +129,7 @@ def make_samples(
 
 
 def make_sample(
-    raw_tokens: Int32[np.ndarray, "raw_tokens"],
+    raw_tokens: Int32[np.ndarray, " raw_tokens"],
     tokenizer: Tokenizer,
     *,
     seed: int,
@@ -177,7 +177,7 @@ def stack_samples(samples: Sequence[Sample], counts: CorpusCounts | None = None)
 
 def calibration_masks(
     samples: SampleSet, lowest_sentinel_id: int
-) -> tuple[Bool[np.ndarray, "encoder_tokens"], Bool[np.ndarray, "decoder_tokens"]]:
+) -> tuple[Bool[np.ndarray, " encoder_tokens"], Bool[np.ndarray, " decoder_tokens"]]:
     """Returns which encoder and decoder positions the Hessians count.
 
     Left out are the encoder's sentinels and the decoder positions that predict one. The published
@@ -200,7 +200,7 @@ def fingerprint(samples: SampleSet) -> str:
     return digest.hexdigest()
 
 
-def _offsets(arrays: Sequence[np.ndarray]) -> Int64[np.ndarray, "boundaries"]:
+def _offsets(arrays: Sequence[np.ndarray]) -> Int64[np.ndarray, " boundaries"]:
     return np.cumsum([0, *(array.size for array in arrays)], dtype=np.int64)
 
 

@@ -73,7 +73,7 @@ def random_spans_mask(
     length: int,
     noise_density: float = NOISE_DENSITY,
     mean_span: float = MEAN_SPAN,
-) -> Bool[np.ndarray, "length"]:
+) -> Bool[np.ndarray, " length"]:
     """Returns a mask of spans, True for noise; it starts with kept tokens and ends with noise.
 
     All masks with the counts of `noise_counts` are equally likely (T5: data/preprocessors.py,
@@ -93,20 +93,20 @@ def random_spans_mask(
 
 def _random_segmentation(
     rng: np.random.Generator, items: int, segments: int
-) -> Int64[np.ndarray, "segments"]:
+) -> Int64[np.ndarray, " segments"]:
     """Cuts `items` into `segments` non-empty runs, every way equally likely; their lengths."""
     cuts = 1 + np.sort(rng.choice(items - 1, size=segments - 1, replace=False))
     return np.diff(cuts, prepend=0, append=items)
 
 
 def corrupt_spans(
-    tokens: Int32[np.ndarray, "raw_tokens"],
-    noise_mask: Bool[np.ndarray, "raw_tokens"],
+    tokens: Int32[np.ndarray, " raw_tokens"],
+    noise_mask: Bool[np.ndarray, " raw_tokens"],
     *,
     first_sentinel_id: int,
     num_sentinels: int,
     eos_id: int,
-) -> tuple[Int32[np.ndarray, "inputs"], Int32[np.ndarray, "targets"]]:
+) -> tuple[Int32[np.ndarray, " inputs"], Int32[np.ndarray, " targets"]]:
     """Returns inputs (each noise span one sentinel) and targets (each kept span one sentinel).
 
     Sentinels go down from `first_sentinel_id`, the n-th span having the same one on both sides; EOS
@@ -122,11 +122,11 @@ def corrupt_spans(
 
 
 def _spans_to_sentinels(
-    tokens: Int32[np.ndarray, "raw_tokens"],
-    mask: Bool[np.ndarray, "raw_tokens"],
+    tokens: Int32[np.ndarray, " raw_tokens"],
+    mask: Bool[np.ndarray, " raw_tokens"],
     first_sentinel_id: int,
     num_sentinels: int,
-) -> Int32[np.ndarray, "shorter"]:
+) -> Int32[np.ndarray, " shorter"]:
     """Replaces each run of True in `mask` by one sentinel, numbered downwards."""
     starts = mask & ~np.concatenate([[False], mask[:-1]])
     spans = int(starts.sum())

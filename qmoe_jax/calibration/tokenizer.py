@@ -40,11 +40,11 @@ class Tokenizer:
         """Ids from here on are sentinels."""
         return self.vocab_size - self.num_sentinels
 
-    def encode(self, text: str) -> Int32[np.ndarray, "tokens"]:
+    def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """Returns the ids of `text`, without EOS. `<extra_id_0>` in it becomes that sentinel."""
         return np.asarray(self.processor.encode(text), np.int32)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, "_"]]:
+    def encode_batch(self, texts: Sequence[str]) -> list[Int32[np.ndarray, " _"]]:
         """Returns `encode` of each text, on all cores."""
         return [np.asarray(ids, np.int32) for ids in self.processor.encode(list(texts))]
 

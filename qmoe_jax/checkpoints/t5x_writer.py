@@ -145,7 +145,7 @@ def _row_chunks(shape: tuple[int, ...], dtype: np.dtype) -> tuple[int, ...]:
 
 def add_experts(
     writer: Writer, name: str, shape: tuple[int, int, int], dtype: np.dtype | type
-) -> Callable[[int, Shaped[np.ndarray, "group in out"]], None]:
+) -> Callable[[int, Shaped[np.ndarray, " group in out"]], None]:
     """Begins a stack of experts that is written slice by slice.
 
     Args:

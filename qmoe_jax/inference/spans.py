@@ -30,8 +30,8 @@ def split(tokens: Iterable[SupportsIndex], vocabulary: Tokenizer) -> dict[int, l
 
 
 def filled(
-    encoder_input_tokens: Int32[np.ndarray, "S"],
-    target_tokens: Int32[np.ndarray, "L"],
+    encoder_input_tokens: Int32[np.ndarray, " S"],
+    target_tokens: Int32[np.ndarray, " L"],
     vocabulary: Tokenizer,
 ) -> str:
     """The text of a sample, its gaps filled from `target_tokens` and put in brackets.

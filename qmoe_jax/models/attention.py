@@ -55,8 +55,8 @@ def decoder_masks(
 
 
 def relpos_buckets(
-    query_positions_L: Int[Array, "L"],
-    key_positions_S: Int[Array, "S"],
+    query_positions_L: Int[Array, " L"],
+    key_positions_S: Int[Array, " S"],
     *,
     bidirectional: bool,
     num_buckets: int,
@@ -86,8 +86,8 @@ def position_bias(
     config: SwitchConfig,
     stack: Stack,
     rel_embedding: Float[Array, "H buckets"],
-    query_positions_L: Int[Array, "L"],
-    key_positions_S: Int[Array, "S"],
+    query_positions_L: Int[Array, " L"],
+    key_positions_S: Int[Array, " S"],
     dtype: DTypeLike,
 ) -> Float[Array, "H L S"]:
     """What each head of a stack's self-attentions adds to its logits, by distance."""

@@ -45,7 +45,7 @@ def matmul(a: Float[Array, "..."], b: Float[Array, "..."]) -> Float[Array, "..."
 
 
 def rms_norm(
-    x: Float[Array, "... D"], scale_D: Float[Array, "D"], dtype: DTypeLike
+    x: Float[Array, "... D"], scale_D: Float[Array, " D"], dtype: DTypeLike
 ) -> Float[Array, "... D"]:
     """Root-mean-square norm in float32, rounded to `dtype` before the scale (T5X: T5LayerNorm)."""
     x = x.astype(jnp.float32)

@@ -27,7 +27,7 @@ from qmoe_jax.models.routing import (
 # In training with expert dropout they also hold {"dropout": {"hidden_scale": Float[E, F]}}, by
 # which the hidden units of each expert are to be multiplied.
 ExpertsFn: TypeAlias = Callable[
-    [Mapping[str, Any], Float[Array, "N D"], Int[Array, "N"]], Float[Array, "N D"]
+    [Mapping[str, Any], Float[Array, "N D"], Int[Array, " N"]], Float[Array, "N D"]
 ]
 
 _MIN_TILE, _MAX_TILE = 8, 128  # rows; a power of two near the mean load in between
@@ -36,7 +36,7 @@ _MIN_TILE, _MAX_TILE = 8, 128  # rows; a power of two near the mean load in betw
 def dense_experts(
     variables: Mapping[str, Any],
     x_ND: Float[Array, "N D"],
-    expert_index_N: Int[Array, "N"],
+    expert_index_N: Int[Array, " N"],
     *,
     activations: tuple[str, ...] = ("relu",),
 ) -> Float[Array, "N D"]:
@@ -72,12 +72,12 @@ def dense_experts(
 
 class _TileLayout(NamedTuple):
     rows: int  # of one tile
-    row_N: Int[Array, "N"]  # place of each token; past the end for dropped tokens
-    expert_of_tile: Int[Array, "tiles"]
+    row_N: Int[Array, " N"]  # place of each token; past the end for dropped tokens
+    expert_of_tile: Int[Array, " tiles"]
     tiles_used: Int[Array, ""]
 
 
-def _tile_layout(expert_index_N: Int[Array, "N"], num_experts: int) -> _TileLayout:
+def _tile_layout(expert_index_N: Int[Array, " N"], num_experts: int) -> _TileLayout:
     """Places tokens by expert, each expert's first token at the start of a tile."""
     N, E = expert_index_N.shape[0], num_experts
     rows = min(_MAX_TILE, max(_MIN_TILE, 1 << (max(N // E, 1) - 1).bit_length()))
@@ -112,7 +112,7 @@ def _each_tile(
     activations: tuple[str, ...],
     weights: dict[str, Array],
     x_TND: Float[Array, "tiles N D"],
-    expert_of_tile: Int[Array, "tiles"],
+    expert_of_tile: Int[Array, " tiles"],
     used: Int[Array, ""],
 ) -> Float[Array, "tiles N D"]:
     """Each of the first `used` tiles through its expert; the rest are 0."""
@@ -182,7 +182,7 @@ class Experts(nn.Module):
     def __call__(
         self,
         x_ND: Float[Array, "N D"],
-        expert_index_N: Int[Array, "N"],
+        expert_index_N: Int[Array, " N"],
         *,
         enable_dropout: bool = False,
     ) -> Float[Array, "N D"]:

@@ -55,7 +55,7 @@ def routing_plan(
     return RoutingPlan(pad_batch, pad_length, num_groups, tokens_per_group, capacity)
 
 
-def rank_within_expert(expert_index_N: Int[Array, "N"], num_experts: int) -> Int[Array, "N"]:
+def rank_within_expert(expert_index_N: Int[Array, " N"], num_experts: int) -> Int[Array, " N"]:
     """How many earlier tokens chose the same expert; indices run from 0 to E (dropped)."""
     order_N = jnp.argsort(expert_index_N, stable=True)
     tokens = jnp.zeros(num_experts + 1, jnp.int32).at[expert_index_N].add(1)

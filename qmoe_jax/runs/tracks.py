@@ -16,6 +16,7 @@ from qmoe_jax.calibration.buffers import TokenBuffer
 from qmoe_jax.calibration.data import SampleSet
 from qmoe_jax.calibration.text import Samples
 from qmoe_jax.calibration.walk import Activations, Params
+from qmoe_jax.checkpoints import array_files
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.runs import devices

@@ -17,6 +17,7 @@ import numpy as np
 import rich.console
 
 from qmoe_jax.calibration import pipeline, text, tokenizer
+from qmoe_jax.checkpoints import array_files
 from qmoe_jax.models.config import SwitchConfig
 from qmoe_jax.models.routing import Capacity
 from qmoe_jax.runs import curves, devices, progress, saves, starts

@@ -135,7 +135,7 @@ def batched(samples: Iterable[Sample], batch_size: int, shape: Lengths) -> Itera
 
 
 def padded(
-    rows: Sequence[Int32[np.ndarray, "_"]], batch_size: int, length: int
+    rows: Sequence[Int32[np.ndarray, " _"]], batch_size: int, length: int
 ) -> Int32[np.ndarray, "batch_size length"]:
     """Rows of token ids, filled with 0 to `length`, and with empty rows to `batch_size`."""
     filled = np.zeros((batch_size, length), np.int32)

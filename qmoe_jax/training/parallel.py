@@ -85,7 +85,7 @@ def _sharded_experts(
     activations: tuple[str, ...],
     variables: Mapping[str, Any],
     x_ND: Float[Array, "N D"],
-    expert_index_N: Int[Array, "N"],
+    expert_index_N: Int[Array, " N"],
 ) -> Float[Array, "N D"]:
     """`dense_experts`, each device computing with its own experts for the tokens of its row."""
 
