@@ -244,6 +244,25 @@ def join(groups: Iterable[PackedExperts], slabs: int = 1, slab_words: int = 0) -
     return assemble(words, row_starts, row_values, columns, codec, slabs, slab_words)
 
 
+def join_uniform(groups: Sequence[UniformExperts]) -> UniformExperts:
+    """One host record of all experts from records of consecutive ones.
+
+    Raises:
+      ValueError: no group, or groups that differ in shape, bits or group size.
+    """
+    kinds = {(*group.shape[1:], group.bits, group.group_size) for group in groups}
+    if len(kinds) != 1:
+        raise ValueError(
+            f"`groups` must agree in (rows, columns, bits, group size); got {sorted(kinds)}"
+        )
+    codes, scale, zero = (
+        np.concatenate([np.asarray(getattr(group, name)) for group in groups])
+        for name in ("codes", "scale", "zero")
+    )
+    shape = (codes.shape[0], *groups[0].shape[1:])
+    return UniformExperts(codes, scale, zero, shape, groups[0].bits, groups[0].group_size)
+
+
 def expert_slice(packed: PackedExperts, first: int, count: int) -> PackedExperts:
     """A host record of one slab with experts ``[first, first + count)``.
 

@@ -16,6 +16,7 @@ Arrays of a group are named by matrix and part, as `wi/codes`; `packed_arrays.py
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -215,6 +216,23 @@ def load_experts(
         matrix: packed_lib.join([group[matrix] for group in groups], slabs)  # pyright: ignore
         for matrix in configs.expert_matrices(checkpoint.header.config)
     }
+
+
+def load_layer(checkpoint: PackedCheckpoint, stack: Stack, layer: int) -> dict[str, Experts]:
+    """All experts of one layer of any store, as one record (or dense array) for each matrix.
+
+    Raises:
+      CheckpointError: see `read_group`.
+      ValueError: a layer without experts.
+    """
+    if checkpoint.header.codec == "qmoe":
+        return dict(load_experts(checkpoint, stack, layer))
+    join: Any = packed_lib.join_uniform
+    if checkpoint.header.codec == "dense":
+        join = np.concatenate
+    groups = [experts for _, experts in read_groups(checkpoint, stack, layer)]
+    matrices = configs.expert_matrices(checkpoint.header.config)
+    return {matrix: join([group[matrix] for group in groups]) for matrix in matrices}
 
 
 def _check_files(checkpoint: PackedCheckpoint) -> None:

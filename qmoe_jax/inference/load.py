@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint of any readable format to a model that can be applied.
+
+Of a packed checkpoint the experts stay packed, in memory as on disk.
+"""
+
+import dataclasses
+import functools
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
+
+from pallas_kernels.implementation import Implementation
+from pallas_kernels.packed import PackedExperts, UniformExperts
+from qmoe_jax.checkpoints import formats, packed, source
+from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
+from qmoe_jax.codec import dictionary
+from qmoe_jax.inference.packed_experts import COLLECTION, packed_experts
+from qmoe_jax.models import config as configs
+from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
+from qmoe_jax.models.switch import Switch
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A Switch Transformer with its parameters: `model.module.apply(model.variables, ...)`."""
+
+    module: Switch
+    variables: Mapping[str, Any]  # "params" and, of packed experts, "packed"; on the device
+
+    @property
+    def config(self) -> SwitchConfig:
+        return self.module.config
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    implementation: Implementation = "auto",
+) -> Model:
+    """Reads a whole model, all experts onto one device.
+
+    Args:
+      path: a packed checkpoint, a T5X checkpoint (also a URL) or a Hugging Face folder.
+      dtype: of the activations; parameters stay as they are stored.
+      implementation: of the products with packed experts.
+
+    Raises:
+      CheckpointError: no checkpoint, or a damaged one.
+      ValueError: its parameters are not those of a Switch Transformer.
+    """
+    if formats.detect(path) == "packed":
+        return _load_packed(packed.open_checkpoint(pathlib.Path(path)), dtype, implementation)
+    opened = source.open_source(path)
+    params = {name: jnp.asarray(array) for name, array in source.all_params(opened).items()}
+    module = Switch(opened.config, jnp.dtype(dtype))
+    return Model(module, {"params": unflatten_dict(params, sep="/")})
+
+
+def _load_packed(
+    checkpoint: PackedCheckpoint, dtype: DTypeLike, implementation: Implementation
+) -> Model:
+    config = checkpoint.header.config
+    params: dict[str, Any] = {}
+    records: dict[str, Any] = {}
+    entries = jnp.asarray(dictionary.nonzero_table())
+    for name in checkpoint.params:
+        params[name] = jnp.asarray(packed.read_params(checkpoint, [name])[name])
+    places: list[tuple[Stack, int]] = [
+        (stack, layer) for stack in STACKS for layer in configs.sparse_layers(config, stack)
+    ]
+    for stack, layer in places:
+        below = f"{stack}/layers_{layer}/mlp/expert"
+        for matrix, record in packed.load_layer(checkpoint, stack, layer).items():
+            if isinstance(record, PackedExperts | UniformExperts):
+                records[f"{below}/{matrix}"] = jax.tree.map(jnp.asarray, record)
+            else:
+                params[f"{below}/{matrix}/kernel"] = jnp.asarray(np.asarray(record))
+        if checkpoint.header.codec == "qmoe":
+            records[f"{below}/entries"] = entries
+    if not records:
+        module = Switch(config, jnp.dtype(dtype))
+        return Model(module, {"params": unflatten_dict(params, sep="/")})
+    experts = functools.partial(
+        packed_experts, activations=config.mlp_activations, implementation=implementation
+    )
+    module = Switch(config, jnp.dtype(dtype), experts)
+    variables = {
+        "params": unflatten_dict(params, sep="/"),
+        COLLECTION: unflatten_dict(records, sep="/"),
+    }
+    return Model(module, variables)
+
+
+def num_bytes(model: Model) -> int:
+    """Bytes of all arrays, each counted once."""
+    arrays = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(model.variables)}
+    return sum(arrays.values())

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_stores
+import tiny_switch
+from flax.traverse_util import unflatten_dict
+from tiny_stores import Kind
+
+from qmoe_jax.checkpoints import source
+from qmoe_jax.inference import load
+from qmoe_jax.models.switch import Switch
+
+KINDS = [
+    Kind("qmoe"),
+    Kind("qmoe", config=tiny_stores.GATED),
+    Kind("uniform", bits=2),
+    Kind("uniform", bits=3, group_size=16),
+    Kind("uniform", bits=4, config=tiny_stores.GATED),
+    Kind("dense"),
+]
+
+
+def batch(config, seed=0):
+    """Encoder inputs, decoder inputs and targets, some of them padding."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.integers(1, config.vocab_size, (3, 9)).astype(np.int32)
+    inputs[1, 5:] = 0
+    targets = rng.integers(1, config.vocab_size, (3, 7)).astype(np.int32)
+    targets[2, 3:] = 0
+    shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+    return tuple(map(jnp.asarray, (inputs, shifted, targets)))
+
+
+def dense_logits(path, tokens):
+    """Those of the same checkpoint, all of it dequantized."""
+    opened = source.open_source(path)
+    flat = {name: jnp.asarray(a, jnp.float32) for name, a in source.all_params(opened).items()}
+    params = unflatten_dict(flat, sep="/")
+    return Switch(opened.config).apply({"params": params}, *tokens)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_logits_are_those_of_the_dequantized_model(kind, tmp_path):
+    tiny_stores.write(tmp_path / "store", kind)
+    model = load.load(tmp_path / "store")
+    tokens = batch(model.config)
+    expected = np.asarray(dense_logits(tmp_path / "store", tokens))
+    found = jax.jit(model.module.apply)(model.variables, *tokens)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+def test_packed_experts_stay_packed(kind, tmp_path):
+    store = tiny_stores.write(tmp_path / "store", kind)
+    model = load.load(tmp_path / "store")
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(model.variables)]
+    assert not any("expert" in name and "kernel" in name for name in names)
+    table = 4 << 16 if kind.codec == "qmoe" else 0
+    padding = (
+        2
+        * 64
+        * sum(  # of each expert's words to a multiple of 64
+            kind.config.num_experts * 3 for _ in tiny_stores.PLACES
+        )
+    )
+    scales = store.nbytes if kind.codec == "uniform" else 0  # in memory float32
+    assert load.num_bytes(model) <= store.nbytes + table + padding + scales
+
+
+@pytest.mark.parametrize("name", tiny_switch.MODELS)
+def test_original_checkpoints_too(name):
+    path = tiny_switch.DATA / name / "legacy"
+    model = load.load(path)
+    tokens = batch(model.config)
+    expected = np.asarray(dense_logits(path, tokens))
+    found = np.asarray(model.module.apply(model.variables, *tokens))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
