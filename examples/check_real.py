@@ -26,6 +26,7 @@ from qmoe_jax.calibration import tokenizer
 from qmoe_jax.calibration.tokenizer import Tokenizer
 from qmoe_jax.checkpoints import kvstore, source
 from qmoe_jax.inference import decoding, spans
+from qmoe_jax.inference.model import Model
 from qmoe_jax.models.config import SwitchConfig
 from qmoe_jax.models.switch import Switch, decoder_masks
 
@@ -123,7 +124,8 @@ def fill(config: SwitchConfig, params, vocabulary: Tokenizer, sentence: str) -> 
         else:
             ids.extend(vocabulary.encode(part).tolist())
     tokens = np.array([*ids, vocabulary.eos_id], np.int32)
-    found = decoding.greedy(config, params, tokens[None], length=20, eos_id=vocabulary.eos_id)
+    model = Model(Switch(config), {"params": params})
+    found, _ = decoding.generate(model, tokens[None], length=20, eos_id=vocabulary.eos_id)
     return spans.filled(tokens, found[0], vocabulary)
 
 

@@ -10,17 +10,15 @@ about a minute.
 import pathlib
 import shutil
 
-import jax.numpy as jnp
 import rich.console
 import rich.table
 import rich.text
-from flax.traverse_util import unflatten_dict
 
 import qmoe_jax
 from qmoe_jax.calibration import text as texts
 from qmoe_jax.calibration import tokenizer
 from qmoe_jax.checkpoints import source
-from qmoe_jax.inference import decoding, spans
+from qmoe_jax.inference import decoding, load, spans
 from qmoe_jax.training import batches
 
 DEMO = pathlib.Path(__file__).resolve().parent / "demo"
@@ -68,9 +66,8 @@ def show_spans(packed: pathlib.Path, heldout_samples: int, number: int) -> None:
     length = max(len(sample.decoder_target_tokens) for sample in chosen)
     filled = {"as written": [sample.decoder_target_tokens for sample in chosen]}
     for name, path in (("original", CHECKPOINT), ("compressed", packed)):
-        params = source.all_params(source.open_source(path))
-        nested = unflatten_dict({key: jnp.asarray(a) for key, a in params.items()}, sep="/")
-        filled[name] = list(decoding.greedy(config, nested, inputs, length))
+        tokens, _ = decoding.generate(load.load(path), inputs, length)
+        filled[name] = list(tokens)
     table = rich.table.Table("", "gaps in held-out text", title="Gaps filled", show_lines=True)
     for i, sample in enumerate(chosen):
         for name, targets in filled.items():

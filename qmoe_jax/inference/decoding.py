@@ -1,75 +1,181 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Greedy decoding of a whole model, all positions recomputed for each token."""
+"""Decoding token by token, with keys and values kept: the likeliest tokens, or sampled ones."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Int32
 
-from qmoe_jax.models.config import SwitchConfig
-from qmoe_jax.models.switch import Switch
+from qmoe_jax.inference.model import Model
+from qmoe_jax.models.switch import DecoderCache, Switch
 
 
-def greedy(
-    config: SwitchConfig,
-    params: Mapping[str, Any],
-    encoder_input_tokens: Int32[np.ndarray, "B S"],
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How a token is drawn, by the names of T5X's `decoding.temperature_sample`.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the likeliest token.
+      topk: draw from the likeliest so many; 0: from all.
+      topp: draw from the smallest set of likeliest tokens that has this probability; 0: from all.
+    """
+
+    temperature: float = 1.0
+    topk: int = 0
+    topp: float = 0.0
+
+    def __post_init__(self):
+        if self.temperature < 0 or self.topk < 0 or not 0 <= self.topp <= 1:
+            raise ValueError(
+                f"temperature {self.temperature}, topk {self.topk}, topp {self.topp}: expected "
+                "numbers that are not negative, and topp at most 1"
+            )
+        if self.topk and self.topp:
+            raise ValueError(f"topk {self.topk} and topp {self.topp}: give one of them")
+
+
+GREEDY = Sampling(temperature=0.0)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """A batch as far as it is decoded."""
+
+    tokens: Int32[Array, "B L"]  # 0 after EOS, and where nothing is decoded yet
+    log_prob: Float[Array, " B"]  # of the tokens up to EOS, under the model itself
+    ended: Bool[Array, " B"]
+    position: Int32[Array, ""]  # the next one
+    cache: DecoderCache
+    key: Array  # of random numbers
+
+
+def generate(
+    model: Model,
+    encoder_input_tokens: Int[np.ndarray, "B S"],
     length: int,
     *,
+    sampling: Sampling = GREEDY,
+    key: Array | None = None,
     eos_id: int = 1,
-    dtype: DTypeLike = jnp.float32,
-) -> Int32[np.ndarray, "B length"]:
-    """The likeliest token at each position, given those before it; 0 after EOS.
-
-    Without a cache: each new token costs one pass of the decoder over all `length` positions.
+) -> tuple[Int32[np.ndarray, "B L"], Float[np.ndarray, " B"]]:
+    """Decodes a batch until all rows have ended; the whole of it is one jitted call.
 
     Args:
-      config: sizes.
-      params: the model's parameters, nested as in T5X.
+      model: packed or not.
       encoder_input_tokens: ids, 0 is padding.
       length: of the output, at most.
+      sampling: by default the likeliest token at each position.
+      key: of random numbers; None: that of seed 0.
       eos_id: ends a row.
-      dtype: of the activations.
+
+    Returns:
+      Tokens, 0 after EOS; the natural logarithm of the probability that the model gives each row.
     """
-    model = Switch(config, dtype)
-    tokens_BS = jnp.asarray(encoder_input_tokens)
-    encoded_BSD = _encode(model, params, tokens_BS)
-    target_BL = jnp.zeros((len(tokens_BS), length), jnp.int32)
-    ended_B = np.zeros(len(tokens_BS), bool)
+    state = start(model, encoder_input_tokens, length, key=key)
+    done = _run(model.module, model.variables, state, sampling, eos_id)
+    return np.asarray(done.tokens), np.asarray(done.log_prob)
+
+
+def stream(
+    model: Model,
+    encoder_input_tokens: Int[np.ndarray, "B S"],
+    length: int,
+    *,
+    sampling: Sampling = GREEDY,
+    key: Array | None = None,
+    eos_id: int = 1,
+) -> Iterator[Int32[np.ndarray, " B"]]:
+    """Yields the tokens of one position after another as they are decoded; see `generate`."""
+    state = start(model, encoder_input_tokens, length, key=key)
     for position in range(length):
-        target_BL = _next(model, params, encoded_BSD, tokens_BS, target_BL, jnp.int32(position))
-        ended_B |= np.asarray(target_BL[:, position]) == eos_id
-        if ended_B.all():
-            break
-    found = np.array(target_BL)
-    after_eos = np.cumsum(found == eos_id, axis=1) - (found == eos_id) > 0
-    return np.where(after_eos, 0, found)
+        state = _step(model.module, model.variables, state, sampling, eos_id)
+        yield np.asarray(state.tokens[:, position])
+        if state.ended.all():
+            return
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(model: Switch, params: Mapping[str, Any], tokens_BS: Int[Array, "B S"]):
-    return model.apply({"params": params}, tokens_BS, method="encode")
+def start(
+    model: Model,
+    encoder_input_tokens: Int[np.ndarray, "B S"],
+    length: int,
+    *,
+    key: Array | None = None,
+) -> Decoded:
+    """Runs the encoder; nothing is decoded yet."""
+    key = jax.random.key(0) if key is None else key
+    return _start(model.module, model.variables, jnp.asarray(encoder_input_tokens), length, key)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _next(
-    model: Switch,
-    params: Mapping[str, Any],
-    encoded_BSD: Float[Array, "B S D"],
-    tokens_BS: Int[Array, "B S"],
-    target_BL: Int[Array, "B L"],
-    position: Int[Array, ""],
-) -> Int[Array, "B L"]:
-    """`target` with its token at `position`; later ones are not attended to, whatever they are."""
-    inputs_BL = jnp.pad(target_BL, ((0, 0), (1, 0)))[:, :-1]
-    all_valid_BL = jnp.ones_like(target_BL)
-    logits_BLV = model.apply(
-        {"params": params}, encoded_BSD, tokens_BS, inputs_BL, all_valid_BL, method="decode"
+@functools.partial(jax.jit, static_argnames=("module", "length"))
+def _start(
+    module: Switch, variables: Mapping[str, Any], tokens_BS: Int[Array, "B S"], length: int, key
+) -> Decoded:
+    def run(module: Switch):
+        return module.start_cache(module.encode(tokens_BS), tokens_BS, length)
+
+    cache: Any = module.apply(variables, method=run)
+    B = tokens_BS.shape[0]
+    tokens_BL, ended_B = jnp.zeros((B, length), jnp.int32), jnp.zeros(B, bool)
+    return Decoded(tokens_BL, jnp.zeros(B), ended_B, jnp.int32(0), cache, key)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "sampling", "eos_id"))
+def _run(
+    module: Switch, variables: Mapping[str, Any], state: Decoded, sampling: Sampling, eos_id: int
+) -> Decoded:
+    length = state.tokens.shape[1]
+    return lax.while_loop(
+        lambda state: (state.position < length) & ~state.ended.all(),
+        lambda state: _step(module, variables, state, sampling, eos_id),
+        state,
     )
-    assert isinstance(logits_BLV, jax.Array)
-    return target_BL.at[:, position].set(jnp.argmax(logits_BLV[:, position], axis=-1))
+
+
+@functools.partial(jax.jit, static_argnames=("module", "sampling", "eos_id"))
+def _step(
+    module: Switch, variables: Mapping[str, Any], state: Decoded, sampling: Sampling, eos_id: int
+) -> Decoded:
+    """One token more for every row that has not ended."""
+    before = jnp.maximum(state.position - 1, 0)
+    last_B = lax.dynamic_index_in_dim(state.tokens, before, 1, keepdims=False)
+    last_B = jnp.where(state.position == 0, 0, last_B)  # the start token
+    found: Any = module.apply(variables, last_B, state.cache, state.position, method="step")
+    logits_BV, cache = found
+    key, drawing = jax.random.split(state.key)
+    token_B = choose(logits_BV, sampling, drawing)
+    log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
+    own_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0]
+    token_B = jnp.where(state.ended, 0, token_B)
+    return Decoded(
+        tokens=lax.dynamic_update_slice_in_dim(state.tokens, token_B[:, None], state.position, 1),
+        log_prob=state.log_prob + jnp.where(state.ended, 0.0, own_B),
+        ended=state.ended | (token_B == eos_id),
+        position=state.position + 1,
+        cache=cache,
+        key=key,
+    )
+
+
+def choose(logits_BV: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int32[Array, " B"]:
+    """Draws a token for each row."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    if sampling.topk:
+        kth_B1 = lax.top_k(logits_BV, min(sampling.topk, logits_BV.shape[1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
+    if sampling.topp:
+        sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
+        cumulative_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
+        last_B1 = jnp.sum(cumulative_BV < sampling.topp, axis=-1, keepdims=True)
+        last_B1 = jnp.minimum(last_B1, logits_BV.shape[1] - 1)
+        least_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
+        logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
+    drawn_B = jax.random.categorical(key, logits_BV / sampling.temperature, axis=-1)
+    return drawn_B.astype(jnp.int32)

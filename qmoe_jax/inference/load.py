@@ -4,11 +4,9 @@
 Of a packed checkpoint the experts stay packed, in memory as on disk.
 """
 
-import dataclasses
 import functools
 import os
 import pathlib
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,22 +20,11 @@ from pallas_kernels.packed import PackedExperts, UniformExperts
 from qmoe_jax.checkpoints import formats, packed, source
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.codec import dictionary
+from qmoe_jax.inference.model import Model
 from qmoe_jax.inference.packed_experts import COLLECTION, packed_experts
 from qmoe_jax.models import config as configs
-from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
+from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.models.switch import Switch
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A Switch Transformer with its parameters: `model.module.apply(model.variables, ...)`."""
-
-    module: Switch
-    variables: Mapping[str, Any]  # "params" and, of packed experts, "packed"; on the device
-
-    @property
-    def config(self) -> SwitchConfig:
-        return self.module.config
 
 
 def load(
@@ -98,9 +85,3 @@ def _load_packed(
         COLLECTION: unflatten_dict(records, sep="/"),
     }
     return Model(module, variables)
-
-
-def num_bytes(model: Model) -> int:
-    """Bytes of all arrays, each counted once."""
-    arrays = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(model.variables)}
-    return sum(arrays.values())

@@ -24,6 +24,13 @@ class Masks(NamedTuple):
     cross: Bool[Array, "B L S"] | None = None  # [query, key]; decoder only
 
 
+class KeysValues(NamedTuple):
+    """What an attention looks at, split into heads."""
+
+    key: Float[Array, "B S H K"]
+    value: Float[Array, "B S H K"]
+
+
 def encoder_masks(encoder_input_tokens: Int[Array, "B L"]) -> Masks:
     """Masks of the encoder; token 0 is padding, on both axes of the attention."""
     valid_BL = encoder_input_tokens > 0
@@ -109,13 +116,17 @@ class RelativePositionBias(nn.Module):
     dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, length: int) -> Float[Array, "H L L"]:
+    def __call__(
+        self, length: int, query_positions_L: Int[Array, " L"] | None = None
+    ) -> Float[Array, "H L S"]:
+        """For `length` keys; None: as many queries."""
         init = nn.initializers.variance_scaling(INIT_SCALE, "fan_avg", "uniform")
         shape = (self.config.num_heads, self.config.relpos_num_buckets)
         rel_embedding = self.param("rel_embedding", init, shape, jnp.float32)
-        positions_L = jnp.arange(length)
+        positions_S = jnp.arange(length)
+        queries_L = positions_S if query_positions_L is None else query_positions_L
         return position_bias(
-            self.config, self.stack, rel_embedding, positions_L, positions_L, self.dtype
+            self.config, self.stack, rel_embedding, queries_L, positions_S, self.dtype
         )
 
 
@@ -149,7 +160,20 @@ class Attention(nn.Module):
         enable_dropout: bool = False,
     ) -> Float[Array, "B L D"]:
         """Lets `x` attend to `y`; masked logits get -1e10 added; softmax in `dtype`."""
-        key_BSHK, value_BSHK = self.keys_values(y_BSD)
+        seen = self.keys_values(y_BSD)
+        return self.attend(x_BLD, seen, mask_BLS, bias_HLS, enable_dropout=enable_dropout)
+
+    def attend(
+        self,
+        x_BLD: Float[Array, "B L D"],
+        seen: KeysValues,
+        mask_BLS: Bool[Array, "B L S"],
+        bias_HLS: Float[Array, "H L S"] | None = None,
+        *,
+        enable_dropout: bool = False,
+    ) -> Float[Array, "B L D"]:
+        """The same, of keys and values that are there already."""
+        key_BSHK, value_BSHK = seen
         query_BLHK = self._heads(self.query(x_BLD))
         logits_BHLS = jnp.einsum("blhk,bshk->bhls", query_BLHK, key_BSHK, precision=PRECISION)
         bias_BHLS = jnp.where(mask_BLS, 0.0, MASKED_LOGIT).astype(self.dtype)[:, None]
@@ -160,11 +184,9 @@ class Attention(nn.Module):
         mixed_BLHK = jnp.einsum("bhls,bshk->blhk", weights_BHLS, value_BSHK, precision=PRECISION)
         return self.out(mixed_BLHK.reshape(*x_BLD.shape[:2], -1))
 
-    def keys_values(
-        self, y_BSD: Float[Array, "B S D"]
-    ) -> tuple[Float[Array, "B S H K"], Float[Array, "B S H K"]]:
-        """Keys and values of `y`, split into heads."""
-        return self._heads(self.key(y_BSD)), self._heads(self.value(y_BSD))
+    def keys_values(self, y_BSD: Float[Array, "B S D"]) -> KeysValues:
+        """Keys and values of `y`."""
+        return KeysValues(self._heads(self.key(y_BSD)), self._heads(self.value(y_BSD)))
 
     def _heads(self, x: Float[Array, "B S width"]) -> Float[Array, "B S H K"]:
         return x.reshape(*x.shape[:2], self.config.num_heads, self.config.head_dim)

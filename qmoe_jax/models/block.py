@@ -5,16 +5,26 @@ A sparse block falls into three, so that its experts need not be in memory toget
 the experts applied to the normed rows of the residual, and `x + prob * experts(...)`.
 """
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from flax import linen as nn
+from jax import lax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from qmoe_jax.models.attention import Attention, Masks
+from qmoe_jax.models.attention import Attention, KeysValues, Masks
 from qmoe_jax.models.config import ATTENTIONS, Stack, SwitchConfig, sparse_layers
 from qmoe_jax.models.layers import Mlp, RmsNorm, add_residual, zero_padding
 from qmoe_jax.models.moe import ExpertsFn, MoeMlp
 from qmoe_jax.models.routing import Capacity
+
+
+class BlockCache(NamedTuple):
+    """What a block of the decoder remembers while it decodes token by token."""
+
+    own: KeysValues  # of the L positions; those to come are not attended to
+    cross: KeysValues  # of the encoder's output
 
 
 class Block(nn.Module):
@@ -59,9 +69,12 @@ class Block(nn.Module):
     ) -> Float[Array, "B L D"]:
         """The residual stream `x_BLD` after the block; the decoder needs `encoded_BSD`."""
         x_BLD = self._attend(x_BLD, masks, bias_HLL, encoded_BSD, enable_dropout)
-        y_BLD = zero_padding(self.pre_mlp_layer_norm(x_BLD), masks.valid)
+        return self._mlp_part(x_BLD, masks.valid, enable_dropout)
+
+    def _mlp_part(self, x_BLD, valid_BL, enable_dropout: bool = False) -> Float[Array, "B L D"]:
+        y_BLD = zero_padding(self.pre_mlp_layer_norm(x_BLD), valid_BL)
         if isinstance(self.mlp, MoeMlp):
-            y_BLD = self.mlp(y_BLD, masks.valid, enable_dropout=enable_dropout)
+            y_BLD = self.mlp(y_BLD, valid_BL, enable_dropout=enable_dropout)
         else:
             y_BLD = self.mlp(y_BLD, enable_dropout=enable_dropout)
         return add_residual(x_BLD, self.dropout(y_BLD, deterministic=not enable_dropout))
@@ -87,6 +100,38 @@ class Block(nn.Module):
         x_BLD = self._attend(x_BLD, masks, bias_HLL, encoded_BSD, False)
         y_BLD = zero_padding(self.pre_mlp_layer_norm(x_BLD), masks.valid)
         return x_BLD, *self.mlp.route(y_BLD, masks.valid)
+
+    def start_cache(self, encoded_BSD: Float[Array, "B S D"], length: int) -> BlockCache:
+        """For `length` positions, none of them decoded yet; the block is the decoder's."""
+        cross = self.encoder_decoder_attention.keys_values(encoded_BSD)
+        B, _, H, K = cross.key.shape
+        nothing = jnp.zeros((B, length, H, K), cross.key.dtype)
+        return BlockCache(KeysValues(nothing, nothing), cross)
+
+    def step(
+        self,
+        x_B1D: Float[Array, "B 1 D"],
+        cache: BlockCache,
+        position: Int[Array, ""],
+        bias_H1L: Float[Array, "H 1 L"],
+        cross_mask_B1S: Bool[Array, "B 1 S"],
+    ) -> tuple[Float[Array, "B 1 D"], BlockCache]:
+        """One position of the decoder, after those that `cache` holds; returns the next cache."""
+        y_B1D = self.pre_self_attention_layer_norm(x_B1D)
+        new = self.self_attention.keys_values(y_B1D)
+        own = KeysValues(
+            *(
+                lax.dynamic_update_slice_in_dim(old, one, position, 1)
+                for old, one in zip(cache.own, new, strict=True)
+            )
+        )
+        B, L = own.key.shape[:2]
+        seen_B1L = jnp.broadcast_to(jnp.arange(L) <= position, (B, 1, L))
+        x_B1D = add_residual(x_B1D, self.self_attention.attend(y_B1D, own, seen_B1L, bias_H1L))
+        y_B1D = self.pre_cross_attention_layer_norm(x_B1D)
+        y_B1D = self.encoder_decoder_attention.attend(y_B1D, cache.cross, cross_mask_B1S)
+        x_B1D = self._mlp_part(add_residual(x_B1D, y_B1D), jnp.ones((B, 1), bool))
+        return x_B1D, BlockCache(own, cache.cross)
 
     def _attend(
         self,

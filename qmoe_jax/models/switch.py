@@ -15,12 +15,12 @@ only what stands outside the blocks.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from qmoe_jax.models.attention import (
     Masks,
@@ -29,7 +29,7 @@ from qmoe_jax.models.attention import (
     encoder_masks,
     position_bias,
 )
-from qmoe_jax.models.block import make_block, sublayer_dropout
+from qmoe_jax.models.block import BlockCache, make_block, sublayer_dropout
 from qmoe_jax.models.config import Stack, SwitchConfig, num_layers
 from qmoe_jax.models.layers import (
     Kernel,
@@ -44,6 +44,13 @@ from qmoe_jax.models.layers import (
 )
 from qmoe_jax.models.moe import ExpertsFn
 from qmoe_jax.models.routing import Capacity
+
+
+class DecoderCache(NamedTuple):
+    """What the decoder remembers of a batch while it decodes token by token."""
+
+    blocks: tuple[BlockCache, ...]
+    cross_mask: Bool[Array, "B 1 S"]
 
 
 class LayerStack(nn.Module):
@@ -84,6 +91,19 @@ class LayerStack(nn.Module):
         x_BLD = getattr(self, f"{self.stack}_norm")(x_BLD)
         x_BLD = self.dropout(x_BLD, deterministic=not enable_dropout)
         return zero_padding(x_BLD, masks.valid)
+
+    def step(
+        self, x_B1D: Float[Array, "B 1 D"], cache: DecoderCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B 1 D"], DecoderCache]:
+        """One position of the decoder, from its embedded token to the normed output."""
+        length = cache.blocks[0].own.key.shape[1]
+        bias_H1L = self.relpos_bias(length, position[None])
+        blocks = []
+        for layer, own in zip(self.layers, cache.blocks, strict=True):
+            x_B1D, own = layer.step(x_B1D, own, position, bias_H1L, cache.cross_mask)
+            blocks.append(own)
+        x_B1D = getattr(self, f"{self.stack}_norm")(x_B1D)
+        return x_B1D, DecoderCache(tuple(blocks), cache.cross_mask)
 
     def logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         """`untied_logits` with the decoder's `logits_dense`."""
@@ -158,6 +178,31 @@ class Switch(nn.Module):
         masks = decoder_masks(decoder_input_tokens, decoder_target_tokens, encoder_input_tokens)
         x_BLD = self.token_embedder(decoder_input_tokens)
         x_BLD = self.decoder(x_BLD, masks, encoded_BSD, enable_dropout=enable_dropout)
+        return self._logits(x_BLD)
+
+    def start_cache(
+        self,
+        encoded_BSD: Float[Array, "B S D"],
+        encoder_input_tokens: Int[Array, "B S"],
+        length: int,
+    ) -> DecoderCache:
+        """The cache before the first of `length` positions; keys and values of the encoder's
+        output are computed here, once."""
+        blocks = tuple(layer.start_cache(encoded_BSD, length) for layer in self.decoder.layers)
+        return DecoderCache(blocks, (encoder_input_tokens > 0)[:, None, :])
+
+    def step(
+        self, tokens_B: Int[Array, " B"], cache: DecoderCache, position: Int[Array, ""]
+    ) -> tuple[Float[Array, "B V"], DecoderCache]:
+        """Logits of the token after `tokens`, which are the decoder's inputs at `position`.
+
+        Equal to `decode` at that position, whose inputs before it are those of the steps before.
+        """
+        x_B1D = self.token_embedder(tokens_B[:, None])
+        x_B1D, cache = self.decoder.step(x_B1D, cache, position)
+        return self._logits(x_B1D)[:, 0], cache
+
+    def _logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
         if self.config.logits_via_embedding:
             return self.token_embedder.logits(x_BLD)
         return self.decoder.logits(x_BLD)
