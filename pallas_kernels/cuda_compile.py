@@ -22,7 +22,7 @@ from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 from triton.backends.compiler import GPUTarget
 
-from pallas_kernels.device.triton_launch import Launch
+from pallas_kernels.device.triton_launch import FP_FUSION, Launch
 
 _TOOLS = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _DEVICE_KINDS = {80: "NVIDIA A100-SXM4-80GB", 90: "NVIDIA H100 80GB HBM3"}
@@ -135,7 +135,11 @@ def compile_launch(launch: Launch, *, capability: int = 90) -> CompiledKernel:
         constexprs=dict(launch.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(operands))},
     )
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+        "enable_fp_fusion": FP_FUSION,
+    }
     return _compile(launch.kernel.__name__, source, capability, options)
 
 

@@ -30,7 +30,7 @@ def sub1_decode(
     Args:
       packed: a valid record (`packed.validate`) of one slab.
       entries: the run-time table of its dictionary (`packed.word_entries`).
-      experts: indices; E or more gives zeros.
+      experts: indices; one that is none gives zeros.
       dtype: bfloat16 or float32; the row values are exact in both.
       implementation: see `implementation.resolve`; all give the same bits.
 
@@ -42,6 +42,7 @@ def sub1_decode(
         raise ValueError(f"`experts` must be integers [n], got {experts.dtype} {experts.shape}")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"`dtype` must be float32 or bfloat16, got {jnp.dtype(dtype).name}")
+    experts = jnp.where(experts < 0, packed.shape[0], experts)
     match implementations.resolve(implementation):
         case "xla":
             return sub1_decode_xla(packed, entries, experts, dtype)

@@ -42,8 +42,9 @@ def test_logits_with_a_cache_are_those_without(name):
     expected = np.asarray(model.module.apply(model.variables, *everything))
     cache = decoding.start(model, tokens, length).cache
     step = jax.jit(lambda *given: model.module.apply(model.variables, *given, method="step"))
+    valid = jnp.ones(3, bool)
     for position in range(length):
-        logits, cache = step(jnp.asarray(inputs[:, position]), cache, jnp.int32(position))
+        logits, cache = step(jnp.asarray(inputs[:, position]), cache, jnp.int32(position), valid)
         np.testing.assert_allclose(logits, expected[:, position], atol=1e-4, rtol=0)
 
 
@@ -130,6 +131,7 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.1, 0.1, 0.2, 0.6]]))
     [
         (Sampling(), [0.5, 0.3, 0.15, 0.05]),
         (Sampling(temperature=0.5), [0.25, 0.09, 0.0225, 0.0025]),
+        (Sampling(temperature=0.5, topp=0.6), [1, 0, 0, 0]),  # divided first, then cut
         (Sampling(topk=2), [0.5, 0.3, 0, 0]),
         (Sampling(topk=9), [0.5, 0.3, 0.15, 0.05]),
         (Sampling(topp=0.5), [1, 0, 0, 0]),
@@ -147,6 +149,15 @@ def test_tokens_are_drawn_as_often_as_they_should(sampling, expected):
     expected = np.array(expected) / np.sum(expected)
     np.testing.assert_allclose(counts, expected, atol=0.02)
     assert not counts[expected == 0].any()
+
+
+def test_ids_outside_of_the_vocabulary_are_refused_at_once():
+    model = original("tiny_switch_base")
+    tokens = prompts(model)
+    tokens[0, 0] = model.config.vocab_size
+    for decode in (decoding.generate, decoding.stream):
+        with pytest.raises(ValueError, match=rf"ids from 0 to {model.config.vocab_size}; this"):
+            decode(model, tokens, 4)
 
 
 def test_the_coldest_sampling_is_greedy():

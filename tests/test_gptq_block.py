@@ -73,6 +73,24 @@ def test_the_goldens_level_for_level_through_the_kernel(data_dir, monkeypatch):
             np.testing.assert_array_equal(found.levels, expected.levels)
 
 
+@pytest.mark.slow
+def test_a_whole_matrix_through_the_kernel(monkeypatch):
+    """wi of switch-base: nearly all levels are equal, and the error is the same."""
+    generator = np.random.default_rng(0)
+    mix = generator.standard_normal((768, 768)) / np.sqrt(768)
+    tokens = generator.standard_normal((1536, 768)) @ (np.eye(768) + 0.3 * mix)
+    hessian = jnp.asarray(tokens.T @ tokens, jnp.float32)[None]
+    kernel = jnp.asarray(generator.standard_normal((1, 768, 3072)), jnp.float32)
+    expected = gptq.gptq(kernel, hessian, bits="ternary")
+    interpreted = functools.partial(gptq_block_pallas.gptq_block, interpret=True)
+    monkeypatch.setattr(gptq, "gptq_block", interpreted)
+    jax.clear_caches()
+    found = gptq.gptq(kernel, hessian, bits="ternary")
+    jax.clear_caches()
+    assert np.mean(np.asarray(found.levels == expected.levels)) >= 0.9999
+    np.testing.assert_allclose(found.error, expected.error, rtol=1e-4)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("bits", ["ternary", 2, 4])

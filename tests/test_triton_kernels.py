@@ -36,9 +36,7 @@ from pallas_kernels.device import (
 
 VARIABLE = "TRITON_INTERPRET"
 # A few rows of each published width.
-WIDTHS = [
-    Case(f"width {columns}", 5, columns, (1, 2)) for columns in (768, 2080, 3072, 6144, 10240)
-]
+WIDTHS = [Case(f"width {columns}", 5, columns, (1, 2)) for columns in (768, 2080, 10240)]
 CASES = [*SMALL, *WIDTHS]
 
 
@@ -83,7 +81,7 @@ def test_products_in_bfloat16():
     np.testing.assert_allclose(found, products, rtol=2**-7, atol=2**-8)
 
 
-@pytest.mark.parametrize("height", [1, 2, 4, 8])
+@pytest.mark.parametrize("height", [1, 4])
 def test_every_height_of_tiles(height):
     case = next(case for case in SMALL if case.name == "odd width")
     *arguments, products = test_sub1_matmul.inputs(case)
@@ -138,7 +136,7 @@ def test_products_of_dense_experts(case):
 
 @pytest.mark.parametrize("by_column", [False, True])
 @pytest.mark.parametrize("bits", ["ternary", 2, 4])
-@pytest.mark.parametrize("shape", test_gptq_block.SHAPES)
+@pytest.mark.parametrize("shape", test_gptq_block.SHAPES[:3:2])
 def test_blocks_of_gptq(shape, bits, by_column):
     given = test_gptq_block.inputs(shape, bits, by_column)
     expected = test_gptq_block.column_by_column(*given, bits=bits)

@@ -1,10 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """How a warp of a Triton kernel reads rows of dictionary words; see `rows_of_words_pallas`."""
 
-from typing import no_type_check  # run-time checks would wrap what Triton parses
+from typing import Any, no_type_check  # run-time checks would wrap what Triton parses
 
 import triton
 import triton.language as tl
+
+from pallas_kernels.device.row_shape import RowShape
+from pallas_kernels.packed import PackedExperts
+
+
+def operands(packed: PackedExperts) -> tuple[Any, ...]:
+    """The arrays that decoding kernels take, in this order, before the table."""
+    return packed.codes, packed.expert_bases, packed.row_starts, packed.row_values
+
+
+def constants(packed: PackedExperts, shape: RowShape, checked: bool) -> dict[str, int | bool]:
+    """What all decoding kernels know when they are compiled; their words only if it matters."""
+    experts, rows, columns = packed.shape
+    return {
+        "EXPERTS": experts,
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "WORDS": packed.codes.size if checked else 0,
+        "TILE_ROWS": shape.rows,
+        "LANES": shape.lanes,
+        "LANE_WORDS": shape.words,
+        "CHECKED": checked,
+    }
 
 
 @no_type_check

@@ -34,25 +34,15 @@ def sub1_decode(
 def plan(packed, entries, experts, dtype, *, checked: bool = False) -> Launch:
     """The kernel with its arguments."""
     shape = row_shape(packed)
-    count, rows, columns = packed.shape
+    _, rows, columns = packed.shape
     return Launch(
         kernel=sub1_decode_kernel,
-        arguments=(
-            *(experts, packed.codes, packed.expert_bases),
-            *(packed.row_starts, packed.row_values, entries),
-        ),
+        arguments=(experts, *rows_of_words.operands(packed), entries),
         output=jax.ShapeDtypeStruct((experts.shape[0], rows, columns), jnp.dtype(dtype)),
         grid=(experts.shape[0], -(-rows // shape.rows)),
         constants={
-            "EXPERTS": count,
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "WORDS": packed.codes.size,
-            "TILE_ROWS": shape.rows,
-            "LANES": shape.lanes,
-            "LANE_WORDS": shape.words,
+            **rows_of_words.constants(packed, shape, checked),
             "CLEARED": _CLEARED,
-            "CHECKED": checked,
         },
         warps=1,
         stages=1,
@@ -104,7 +94,7 @@ def sub1_decode_kernel(
             for field in tl.static_range(3):
                 at, present, is_high = rows_of_words.nonzero(found[w], column, field)
                 if CHECKED:
-                    present &= at < COLUMNS
+                    present &= at.to(tl.uint32) < COLUMNS
                 tl.store(rows_of_out + at, tl.where(is_high, high, low), mask=present)
             column += (found[w] & 31).to(tl.int32)
 

@@ -31,26 +31,20 @@ def sub1_matmul(
 def plan(x, packed, entries, tiles, height, *, checked: bool = False) -> Launch:
     """The kernel with its arguments."""
     shape = tile_shape(packed, height)
-    experts, rows, columns = packed.shape
+    rows = packed.shape[1]
     return Launch(
         kernel=sub1_matmul_kernel,
         arguments=(
-            *(tiles.expert, tiles.first, tiles.stop, x, packed.codes, packed.expert_bases),
-            *(packed.row_starts, packed.row_values, entries),
+            *(tiles.expert, tiles.first, tiles.stop, x),
+            *rows_of_words.operands(packed),
+            entries,
         ),
         output=jax.ShapeDtypeStruct((x.shape[0], rows), x.dtype),
         grid=(tiles.expert.shape[0], -(-rows // shape.rows)),
         constants={
             "TOKENS": x.shape[0],
-            "EXPERTS": experts,
-            "ROWS": rows,
-            "COLUMNS": columns,
-            "WORDS": packed.codes.size,
-            "TILE_ROWS": shape.rows,
-            "LANES": shape.lanes,
-            "LANE_WORDS": shape.words,
+            **rows_of_words.constants(packed, shape, checked),
             "HEIGHT": height,
-            "CHECKED": checked,
         },
         warps=1,
         stages=1,
@@ -112,7 +106,7 @@ def sub1_matmul_kernel(
             for field in tl.static_range(3):
                 at, present, is_high = rows_of_words.nonzero(found[w], column, field)
                 if CHECKED:
-                    present &= at < COLUMNS
+                    present &= at.to(tl.uint32) < COLUMNS
                 weight = tl.where(is_high, high, low)
                 added = ()
                 for t in tl.static_range(HEIGHT):

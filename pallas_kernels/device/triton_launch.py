@@ -3,10 +3,13 @@
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+
+FP_FUSION = True  # a product and a sum may become one multiply-add, as in XLA and Pallas
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +35,14 @@ def launch(given: Launch, *, capability: int | None = None) -> jax.Array:
     Raises:
       ImportError: jax-triton is not installed, or there is no CUDA for it.
     """
-    try:
-        import jax_triton  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ImportError(
-            f"`implementation` is 'triton', which needs jax-triton and CUDA ({error}): install "
-            "qmoe-jax[cuda], or choose 'pallas' or 'xla'"
-        ) from error
-    # jax-triton 0.4 renamed it.
+    jax_triton = library()
     parameters = inspect.signature(jax_triton.triton_call).parameters
-    out = "out_type" if "out_type" in parameters else "out_shape"
+    options: dict[str, Any] = {"out_shape": given.output, "enable_fp_fusion": FP_FUSION}
+    if "out_type" in parameters:  # from 0.4 on
+        options = {
+            "out_type": given.output,
+            "backend_options": {"enable_fp_fusion": FP_FUSION},
+        }
     return jax_triton.triton_call(
         *given.arguments,
         kernel=given.kernel,
@@ -49,6 +50,28 @@ def launch(given: Launch, *, capability: int | None = None) -> jax.Array:
         num_warps=given.warps,
         num_stages=given.stages,
         compute_capability=capability,
-        **{out: given.output},
+        **options,
         **given.constants,
     )
+
+
+def library() -> Any:
+    """The module `jax_triton`.
+
+    Raises:
+      ImportError: it is not installed, or there is no CUDA for it.
+    """
+    cache = os.environ.get("TRITON_CACHE_DIR")
+    try:
+        import jax_triton  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError(
+            f"`implementation` is 'triton', which needs jax-triton and CUDA ({error}): install "
+            "qmoe-jax[cuda], or choose 'pallas' or 'xla'"
+        ) from error
+    finally:
+        # jax-triton 0.3 empties it, and Triton's own compiler then finds no folder.
+        os.environ.pop("TRITON_CACHE_DIR", None)
+        if cache is not None:
+            os.environ["TRITON_CACHE_DIR"] = cache
+    return jax_triton

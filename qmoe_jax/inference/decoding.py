@@ -21,7 +21,7 @@ class Sampling:
     """How a token is drawn, by the names of T5X's `decoding.temperature_sample`.
 
     Attributes:
-      temperature: divides the logits; 0 takes the likeliest token.
+      temperature: divides the logits, before anything else; 0 takes the likeliest token.
       topk: draw from the likeliest so many; 0: from all.
       topp: draw from the smallest set of likeliest tokens that has this probability; 0: from all.
     """
@@ -93,12 +93,16 @@ def stream(
     eos_id: int = 1,
 ) -> Iterator[Int32[np.ndarray, " B"]]:
     """Yields the tokens of one position after another as they are decoded; see `generate`."""
-    state = start(model, encoder_input_tokens, length, key=key)
-    for position in range(length):
-        state = _step(model.module, model.variables, state, sampling, eos_id)
-        yield np.asarray(state.tokens[:, position])
-        if state.ended.all():
-            return
+    begun = start(model, encoder_input_tokens, length, key=key)
+
+    def positions(state: Decoded) -> Iterator[Int32[np.ndarray, " B"]]:
+        for position in range(length):
+            state = _next(model.module, model.variables, state, sampling, eos_id)
+            yield np.asarray(state.tokens[:, position])
+            if state.ended.all():
+                return
+
+    return positions(begun)
 
 
 def start(
@@ -108,7 +112,17 @@ def start(
     *,
     key: Array | None = None,
 ) -> Decoded:
-    """Runs the encoder; nothing is decoded yet."""
+    """Runs the encoder; nothing is decoded yet.
+
+    Raises:
+      ValueError: an id outside of the vocabulary.
+    """
+    tokens, vocab_size = np.asarray(encoder_input_tokens), model.config.vocab_size
+    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
+        raise ValueError(
+            f"`encoder_input_tokens` holds ids from {tokens.min()} to {tokens.max()}; this model's "
+            f"are 0 to {vocab_size - 1}"
+        )
     key = jax.random.key(0) if key is None else key
     return _start(model.module, model.variables, jnp.asarray(encoder_input_tokens), length, key)
 
@@ -138,7 +152,6 @@ def _run(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("module", "sampling", "eos_id"))
 def _step(
     module: Switch, variables: Mapping[str, Any], state: Decoded, sampling: Sampling, eos_id: int
 ) -> Decoded:
@@ -146,7 +159,9 @@ def _step(
     before = jnp.maximum(state.position - 1, 0)
     last_B = lax.dynamic_index_in_dim(state.tokens, before, 1, keepdims=False)
     last_B = jnp.where(state.position == 0, 0, last_B)  # the start token
-    found: Any = module.apply(variables, last_B, state.cache, state.position, method="step")
+    found: Any = module.apply(
+        variables, last_B, state.cache, state.position, ~state.ended, method="step"
+    )
     logits_BV, cache = found
     key, drawing = jax.random.split(state.key)
     token_B = choose(logits_BV, sampling, drawing)
@@ -163,10 +178,15 @@ def _step(
     )
 
 
+# By itself; the state's arrays, caches above all, are written over.
+_next = jax.jit(_step, static_argnames=("module", "sampling", "eos_id"), donate_argnames=("state",))
+
+
 def choose(logits_BV: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int32[Array, " B"]:
     """Draws a token for each row."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = logits_BV / sampling.temperature
     if sampling.topk:
         kth_B1 = lax.top_k(logits_BV, min(sampling.topk, logits_BV.shape[1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
@@ -177,5 +197,4 @@ def choose(logits_BV: Float[Array, "B V"], sampling: Sampling, key: Array) -> In
         last_B1 = jnp.minimum(last_B1, logits_BV.shape[1] - 1)
         least_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)
-    drawn_B = jax.random.categorical(key, logits_BV / sampling.temperature, axis=-1)
-    return drawn_B.astype(jnp.int32)
+    return jax.random.categorical(key, logits_BV, axis=-1).astype(jnp.int32)

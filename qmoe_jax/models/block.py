@@ -115,8 +115,12 @@ class Block(nn.Module):
         position: Int[Array, ""],
         bias_H1L: Float[Array, "H 1 L"],
         cross_mask_B1S: Bool[Array, "B 1 S"],
+        valid_B1: Bool[Array, "B 1"],
     ) -> tuple[Float[Array, "B 1 D"], BlockCache]:
-        """One position of the decoder, after those that `cache` holds; returns the next cache."""
+        """One position of the decoder, after those that `cache` holds; returns the next cache.
+
+        Rows that are not valid go to no expert.
+        """
         y_B1D = self.pre_self_attention_layer_norm(x_B1D)
         new = self.self_attention.keys_values(y_B1D)
         own = KeysValues(
@@ -130,7 +134,7 @@ class Block(nn.Module):
         x_B1D = add_residual(x_B1D, self.self_attention.attend(y_B1D, own, seen_B1L, bias_H1L))
         y_B1D = self.pre_cross_attention_layer_norm(x_B1D)
         y_B1D = self.encoder_decoder_attention.attend(y_B1D, cache.cross, cross_mask_B1S)
-        x_B1D = self._mlp_part(add_residual(x_B1D, y_B1D), jnp.ones((B, 1), bool))
+        x_B1D = self._mlp_part(add_residual(x_B1D, y_B1D), valid_B1)
         return x_B1D, BlockCache(own, cache.cross)
 
     def _attend(

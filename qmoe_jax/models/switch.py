@@ -93,14 +93,19 @@ class LayerStack(nn.Module):
         return zero_padding(x_BLD, masks.valid)
 
     def step(
-        self, x_B1D: Float[Array, "B 1 D"], cache: DecoderCache, position: Int[Array, ""]
+        self,
+        x_B1D: Float[Array, "B 1 D"],
+        cache: DecoderCache,
+        position: Int[Array, ""],
+        valid_B: Bool[Array, " B"],
     ) -> tuple[Float[Array, "B 1 D"], DecoderCache]:
         """One position of the decoder, from its embedded token to the normed output."""
         length = cache.blocks[0].own.key.shape[1]
         bias_H1L = self.relpos_bias(length, position[None])
         blocks = []
         for layer, own in zip(self.layers, cache.blocks, strict=True):
-            x_B1D, own = layer.step(x_B1D, own, position, bias_H1L, cache.cross_mask)
+            fixed = (position, bias_H1L, cache.cross_mask, valid_B[:, None])
+            x_B1D, own = layer.step(x_B1D, own, *fixed)
             blocks.append(own)
         x_B1D = getattr(self, f"{self.stack}_norm")(x_B1D)
         return x_B1D, DecoderCache(tuple(blocks), cache.cross_mask)
@@ -192,14 +197,19 @@ class Switch(nn.Module):
         return DecoderCache(blocks, (encoder_input_tokens > 0)[:, None, :])
 
     def step(
-        self, tokens_B: Int[Array, " B"], cache: DecoderCache, position: Int[Array, ""]
+        self,
+        tokens_B: Int[Array, " B"],
+        cache: DecoderCache,
+        position: Int[Array, ""],
+        valid_B: Bool[Array, " B"],
     ) -> tuple[Float[Array, "B V"], DecoderCache]:
         """Logits of the token after `tokens`, which are the decoder's inputs at `position`.
 
-        Equal to `decode` at that position, whose inputs before it are those of the steps before.
+        Equal to `decode` at that position, whose inputs before it are those of the steps before,
+        in valid rows; what comes of the others is of no use, and no expert computes it.
         """
         x_B1D = self.token_embedder(tokens_B[:, None])
-        x_B1D, cache = self.decoder.step(x_B1D, cache, position)
+        x_B1D, cache = self.decoder.step(x_B1D, cache, position, valid_B)
         return self._logits(x_B1D)[:, 0], cache
 
     def _logits(self, x_BLD: Float[Array, "B L D"]) -> Float[Array, "B L V"]:
