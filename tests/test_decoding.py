@@ -101,6 +101,8 @@ def test_a_stream_is_what_is_generated(sampling):
     whole, _ = decoding.generate(model, tokens, 6, sampling=sampling, key=key, eos_id=eos_id)
     pieces = list(decoding.stream(model, tokens, 6, sampling=sampling, key=key, eos_id=eos_id))
     np.testing.assert_array_equal(np.stack(pieces, 1), whole[:, : len(pieces)])
+    again = list(decoding.stream(model, tokens, 6, sampling=sampling, key=key, eos_id=eos_id))
+    np.testing.assert_array_equal(again, pieces)  # the key is still the caller's
     assert not whole[:, len(pieces) :].any()
 
 

@@ -31,6 +31,14 @@ def test_what_was_generated_scores_as_it_was_generated():
     np.testing.assert_allclose(scoring.score(model, tokens, found), log_prob, atol=1e-4)
 
 
+def test_ids_outside_of_the_vocabulary_are_refused():
+    model = original("tiny_switch_base")
+    tokens = prompts(model)
+    wrong = tokens - 3  # padding becomes negative
+    with pytest.raises(ValueError, match="`decoder_target_tokens` holds ids from -3 to"):
+        scoring.score(model, tokens, wrong)
+
+
 def test_padding_counts_nothing():
     model = original("tiny_switch_base")
     tokens, targets = prompts(model), jnp.asarray(prompts(model, seed=4)[:, :5])

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import functools
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,12 @@ from pallas_kernels.device import (
     triton_launch,
 )
 
+VERSIONS = [
+    ((0, 10, 2), "0.3.1", True),
+    ((0, 11, 2), "0.4.1", True),
+    ((0, 12, 0), "0.4.1", False),
+    ((0, 12, 0), "0.4.2", True),
+]
 CASE = next(case for case in testing.SMALL if case.name == "odd width")
 
 
@@ -70,6 +77,17 @@ def test_without_jax_triton_the_error_says_what_to_install(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "jax_triton", None)
     with pytest.raises(ImportError, match=r"needs jax-triton.*install qmoe-jax\[cuda\]"):
         calls()[name][0]()
+
+
+@pytest.mark.parametrize(("jax_version", "own", "sound"), VERSIONS)
+def test_versions_that_do_not_run_together_are_named(jax_version, own, sound, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax_triton", types.SimpleNamespace(__version__=own))
+    monkeypatch.setattr(jax, "__version_info__", jax_version)
+    if sound:
+        assert triton_launch.library().__version__ == own
+        return
+    with pytest.raises(ImportError, match=rf"jax-triton {own} does not run under JAX"):
+        triton_launch.library()
 
 
 @pytest.mark.parametrize("capability", [80, 90])

@@ -59,7 +59,7 @@ def library() -> Any:
     """The module `jax_triton`.
 
     Raises:
-      ImportError: it is not installed, or there is no CUDA for it.
+      ImportError: it is not installed, there is no CUDA for it, or it fails under this JAX.
     """
     cache = os.environ.get("TRITON_CACHE_DIR")
     try:
@@ -74,4 +74,9 @@ def library() -> Any:
         os.environ.pop("TRITON_CACHE_DIR", None)
         if cache is not None:
             os.environ["TRITON_CACHE_DIR"] = cache
+    if jax.__version_info__ >= (0, 12) and jax_triton.__version__ in ("0.4.0", "0.4.1"):
+        raise ImportError(
+            f"jax-triton {jax_triton.__version__} does not run under JAX {jax.__version__}: "
+            "install another of either, or choose 'pallas' or 'xla' for `implementation`"
+        )
     return jax_triton

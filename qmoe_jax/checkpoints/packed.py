@@ -219,20 +219,17 @@ def load_experts(
 
 
 def load_layer(checkpoint: PackedCheckpoint, stack: Stack, layer: int) -> dict[str, Experts]:
-    """All experts of one layer of any store, as one record (or dense array) for each matrix.
+    """All experts of one layer of a `qmoe` or `uniform` store, as one record for each matrix.
 
     Raises:
       CheckpointError: see `read_group`.
-      ValueError: a layer without experts.
+      ValueError: another codec, or a layer without experts.
     """
-    if checkpoint.header.codec == "qmoe":
+    if checkpoint.header.codec != "uniform":
         return dict(load_experts(checkpoint, stack, layer))
-    join: Any = packed_lib.join_uniform
-    if checkpoint.header.codec == "dense":
-        join = np.concatenate
-    groups = [experts for _, experts in read_groups(checkpoint, stack, layer)]
+    groups: list[Any] = [experts for _, experts in read_groups(checkpoint, stack, layer)]
     matrices = configs.expert_matrices(checkpoint.header.config)
-    return {matrix: join([group[matrix] for group in groups]) for matrix in matrices}
+    return {name: packed_lib.join_uniform([group[name] for group in groups]) for name in matrices}
 
 
 def _check_files(checkpoint: PackedCheckpoint) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from qmoe_jax.inference.model import Model
+from qmoe_jax.inference.model import Model, checked_ids
 from qmoe_jax.models.switch import DecoderCache, Switch
 
 
@@ -117,14 +117,9 @@ def start(
     Raises:
       ValueError: an id outside of the vocabulary.
     """
-    tokens, vocab_size = np.asarray(encoder_input_tokens), model.config.vocab_size
-    if tokens.size and not 0 <= tokens.min() <= tokens.max() < vocab_size:
-        raise ValueError(
-            f"`encoder_input_tokens` holds ids from {tokens.min()} to {tokens.max()}; this model's "
-            f"are 0 to {vocab_size - 1}"
-        )
+    tokens_BS = checked_ids(model, "encoder_input_tokens", encoder_input_tokens)
     key = jax.random.key(0) if key is None else key
-    return _start(model.module, model.variables, jnp.asarray(encoder_input_tokens), length, key)
+    return _start(model.module, model.variables, tokens_BS, length, key)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "length"))
@@ -137,7 +132,8 @@ def _start(
     cache: Any = module.apply(variables, method=run)
     B = tokens_BS.shape[0]
     tokens_BL, ended_B = jnp.zeros((B, length), jnp.int32), jnp.zeros(B, bool)
-    return Decoded(tokens_BL, jnp.zeros(B), ended_B, jnp.int32(0), cache, key)
+    own = jax.random.fold_in(key, 0)  # the caller's is not ours to write over
+    return Decoded(tokens_BL, jnp.zeros(B), ended_B, jnp.int32(0), cache, own)
 
 
 @functools.partial(jax.jit, static_argnames=("module", "sampling", "eos_id"))

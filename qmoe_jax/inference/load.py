@@ -11,12 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.packed import PackedExperts, UniformExperts
 from qmoe_jax.checkpoints import formats, packed, source
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.codec import dictionary
@@ -45,7 +43,9 @@ def load(
       ValueError: its parameters are not those of a Switch Transformer.
     """
     if formats.detect(path) == "packed":
-        return _load_packed(packed.open_checkpoint(pathlib.Path(path)), dtype, implementation)
+        checkpoint = packed.open_checkpoint(pathlib.Path(path))
+        if checkpoint.header.codec != "dense":
+            return _load_packed(checkpoint, dtype, implementation)
     opened = source.open_source(path)
     params = {name: jnp.asarray(array) for name, array in source.all_params(opened).items()}
     module = Switch(opened.config, jnp.dtype(dtype))
@@ -60,22 +60,16 @@ def _load_packed(
     records: dict[str, Any] = {}
     entries = jnp.asarray(dictionary.nonzero_table())
     for name in checkpoint.params:
-        params[name] = jnp.asarray(packed.read_params(checkpoint, [name])[name])
+        params |= jax.tree.map(jnp.asarray, packed.read_params(checkpoint, [name]))
     places: list[tuple[Stack, int]] = [
         (stack, layer) for stack in STACKS for layer in configs.sparse_layers(config, stack)
     ]
     for stack, layer in places:
         below = f"{stack}/layers_{layer}/mlp/expert"
         for matrix, record in packed.load_layer(checkpoint, stack, layer).items():
-            if isinstance(record, PackedExperts | UniformExperts):
-                records[f"{below}/{matrix}"] = jax.tree.map(jnp.asarray, record)
-            else:
-                params[f"{below}/{matrix}/kernel"] = jnp.asarray(np.asarray(record))
+            records[f"{below}/{matrix}"] = jax.tree.map(jnp.asarray, record)
         if checkpoint.header.codec == "qmoe":
             records[f"{below}/entries"] = entries
-    if not records:
-        module = Switch(config, jnp.dtype(dtype))
-        return Model(module, {"params": unflatten_dict(params, sep="/")})
     experts = functools.partial(
         packed_experts, activations=config.mlp_activations, implementation=implementation
     )

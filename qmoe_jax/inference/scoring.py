@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from qmoe_jax.inference.model import Model
+from qmoe_jax.inference.model import Model, checked_ids
 from qmoe_jax.models.switch import Switch
 
 
@@ -22,9 +22,13 @@ def score(
     """Natural logarithm of the probability of each row's targets, given its inputs.
 
     As T5X's `score_batch`: a sum over the targets, of which padding (0) counts nothing.
+
+    Raises:
+      ValueError: an id outside of the vocabulary.
     """
-    tokens = jnp.asarray(encoder_input_tokens), jnp.asarray(decoder_target_tokens)
-    return np.asarray(_score(model.module, model.variables, *tokens))
+    inputs_BS = checked_ids(model, "encoder_input_tokens", encoder_input_tokens)
+    targets_BL = checked_ids(model, "decoder_target_tokens", decoder_target_tokens)
+    return np.asarray(_score(model.module, model.variables, inputs_BS, targets_BL))
 
 
 @functools.partial(jax.jit, static_argnames="module")
