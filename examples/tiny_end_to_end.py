@@ -15,11 +15,10 @@ import rich.table
 import rich.text
 
 import qmoe_jax
+from qmoe_jax.calibration import data, tokenizer
 from qmoe_jax.calibration import text as texts
-from qmoe_jax.calibration import tokenizer
 from qmoe_jax.checkpoints import source
 from qmoe_jax.inference import decoding, load, spans
-from qmoe_jax.training import batches
 
 DEMO = pathlib.Path(__file__).resolve().parent / "demo"
 CHECKPOINT = DEMO / "checkpoint_9000"
@@ -62,7 +61,7 @@ def show_spans(packed: pathlib.Path, heldout_samples: int, number: int) -> None:
     assert heldout is not None
     chosen = list(heldout)[:: heldout_samples // number][:number]
     rows = [sample.encoder_input_tokens for sample in chosen]
-    inputs = batches.padded(rows, number, max(map(len, rows)))
+    inputs = data.padded(rows, number, max(map(len, rows)))
     length = max(len(sample.decoder_target_tokens) for sample in chosen)
     filled = {"as written": [sample.decoder_target_tokens for sample in chosen]}
     for name, path in (("original", CHECKPOINT), ("compressed", packed)):

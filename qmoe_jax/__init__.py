@@ -3,8 +3,10 @@
 
 from qmoe_jax.calibration.text import Text as Text
 from qmoe_jax.checkpoints.errors import CheckpointError as CheckpointError
+from qmoe_jax.inference.beam_search import Beams as Beams
+from qmoe_jax.inference.decoding import Sampling as Sampling
+from qmoe_jax.inference.text_model import load as load
 from qmoe_jax.quantization.quantizer import Quantizer as Quantizer
-from qmoe_jax.report import Report as Report
 from qmoe_jax.runs.compress import Compute as Compute
 from qmoe_jax.runs.compress import compress as compress
 from qmoe_jax.runs.evaluate import evaluate as evaluate

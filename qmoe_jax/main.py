@@ -25,6 +25,7 @@ from qmoe_jax.runs import (
     evaluate,
     export,
     import_pack,
+    infer,
     inspect_checkpoint,
     train,
 )
@@ -35,6 +36,7 @@ RUN_MODES: dict[str, tuple[Callable[..., Any], str | None]] = {
     "eval": (evaluate.evaluate, "eval_output_dir"),
     "export": (export.export, "output_dir"),
     "import": (import_pack.import_pack, "output_dir"),
+    "infer": (infer.infer, "infer_output_dir"),
     "inspect": (inspect_checkpoint.inspect_checkpoint, None),
     "train": (train.train, "model_dir"),
 }

@@ -173,3 +173,18 @@ def test_the_coldest_sampling_is_greedy():
 def test_sampling_that_cannot_be(temperature, topk, topp):
     with pytest.raises(ValueError, match="topk"):
         Sampling(temperature, topk, topp)
+
+
+def test_another_temperature_needs_no_other_program():
+    model = original("tiny_switch_base")
+    tokens, key = prompts(model), jax.random.key(2)
+    decoding.generate(model, tokens, 4, sampling=Sampling(temperature=0.5, topp=0.5), key=key)
+    programs: Any = decoding._run
+    compiled = programs._cache_size()
+    found = [
+        decoding.generate(model, tokens, 4, sampling=Sampling(temperature=t, topp=p), key=key)[0]
+        for t, p in ((5.0, 0.999), (1e-4, 0.5))
+    ]
+    assert programs._cache_size() == compiled
+    assert (found[0] != found[1]).any()
+    np.testing.assert_array_equal(found[1], decoding.generate(model, tokens, 4)[0])

@@ -6,19 +6,11 @@ import platform
 import subprocess
 import sys
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_switch
 
 from qmoe_jax.runs import devices
-
-
-def test_a_cpu_computes_in_float32_unless_told_otherwise():
-    assert devices.activation_dtype(None) == np.float32
-    assert devices.activation_dtype("bfloat16") == jnp.bfloat16
-    with pytest.raises(ValueError, match="ACTIVATION_DTYPE is 'float64'"):
-        devices.activation_dtype("float64")
 
 
 def test_groups_are_equal_and_fit_the_budget(monkeypatch):

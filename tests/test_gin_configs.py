@@ -36,6 +36,7 @@ REQUIRED = {  # run mode: what its file leaves open
     "eval": {"CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "SENTENCEPIECE_MODEL_FILE", "VALIDATION_FILES"},
     "export": {"CHECKPOINT_PATH", "OUTPUT_DIR", "EXPORT_FORMAT"},
     "import": {"CHECKPOINT_PATH", "OUTPUT_DIR"},
+    "infer": {"CHECKPOINT_PATH", "INFER_OUTPUT_DIR", "PROMPTS"},
     "inspect": {"CHECKPOINT_PATH"},
     "train": {"MODEL_DIR", "SENTENCEPIECE_MODEL_FILE", "TRAIN_FILES", "TRAIN_STEPS"},
 }

@@ -57,6 +57,26 @@ def test_eval_dry_run(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_infer_from_a_file_to_the_folder(tmp_path, capsys):
+    (tmp_path / "gaps.txt").write_text("one <extra_id_0> three\n")
+    arguments = (
+        f"--gin.CHECKPOINT_PATH={CHECKPOINT}",
+        TEXT[0],
+        "--gin.PROMPTS=gaps.txt",
+        "--gin.INFER_OUTPUT_DIR=answers",
+        "--gin.TASK_FEATURE_LENGTHS={'inputs': 24, 'targets': 4}",
+        "--gin.NUM_DECODES=2",
+    )
+    assert call("--run_mode=infer", *arguments, "--gin.MODE=predict_with_aux") == 0
+    (line,) = (
+        (tmp_path / "answers/gaps-predict_with_aux.jsonl-00000-of-00001").read_text().splitlines()
+    )
+    assert json.loads(line)["inputs"] == {"inputs_pretokenized": "one <extra_id_0> three"}
+    assert "NUM_DECODES = 2" in (tmp_path / "answers/config.gin").read_text()
+    assert call("--run_mode=infer", *arguments, "--gin.MODE=guess") == 1
+    assert "MODE is 'guess'; expected 'predict' or" in capsys.readouterr().err
+
+
 def test_import_and_inspect(tmp_path, capsys, data_dir):
     pack = f"--gin.CHECKPOINT_PATH={data_dir / 'qmoe' / 'tiny_qmoe_ckpt'}"
     imports = ("--run_mode=import", pack, "--gin.OUTPUT_DIR=out", "--gin.EXPERTS_PER_GROUP=4")

@@ -87,8 +87,12 @@ def _suffix(path: epath.Path) -> str:
     return epath.Path(path.name.removesuffix(".gz")).suffix
 
 
-def _read_file(path: epath.Path, text_field: str) -> Iterator[str]:
-    is_json = _suffix(path) in JSON_SUFFIXES
+def lines(path: epath.Path) -> Iterator[tuple[str, str]]:
+    """Yields the lines of a text file that are not blank, each with where it stands.
+
+    Raises:
+        ValueError: a damaged file, or a line that is not UTF-8; names the file and line.
+    """
     for number, raw_line in enumerate(_raw_lines(path), start=1):
         where = f"{path}, line {number}"
         try:
@@ -97,7 +101,48 @@ def _read_file(path: epath.Path, text_field: str) -> Iterator[str]:
         except UnicodeDecodeError as error:
             raise ValueError(f"{where} is not UTF-8 ({error}): convert the file.") from error
         if line:
-            yield _json_text(line, text_field, where) if is_json else line
+            yield line, where
+
+
+def is_json(path: epath.Path) -> bool:
+    """Whether a file holds JSON lines, by its name."""
+    return _suffix(path) in JSON_SUFFIXES
+
+
+def text_field(line: str, name: str, where: str, *, required: bool = True) -> str | None:
+    """The text that field `name` of a line of JSON holds; None where it need not be there.
+
+    Raises:
+        ValueError: no JSON object, no such text, or none that is Unicode; names `where`.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{where} is not JSON ({error}): one object a line is expected, as C4 ships."
+        ) from error
+    text = record.get(name) if isinstance(record, dict) else None
+    if text is None and isinstance(record, dict) and not required:
+        return None
+    if not isinstance(text, str):
+        has = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
+        raise ValueError(
+            f"{where} has no string field {name!r} (it has {has}): name the field that holds the "
+            "text."
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON's escapes can spell half a surrogate pair
+        raise ValueError(f"{where} holds text that is not Unicode: {error}.") from error
+    return text
+
+
+def _read_file(path: epath.Path, field: str) -> Iterator[str]:
+    json_lines = is_json(path)
+    for line, where in lines(path):
+        text = text_field(line, field, where) if json_lines else line
+        assert text is not None
+        yield text
 
 
 def _raw_lines(path: epath.Path) -> Iterator[bytes]:
@@ -111,27 +156,6 @@ def _raw_lines(path: epath.Path) -> Iterator[bytes]:
                 yield from unzipped
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path} is not a whole gzip file: {error}.") from error
-
-
-def _json_text(line: str, text_field: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where} is not JSON ({error}): one object a line is expected, as C4 ships."
-        ) from error
-    text = record.get(text_field) if isinstance(record, dict) else None
-    if not isinstance(text, str):
-        has = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"{where} has no string field {text_field!r} (it has {has}): name the field that holds "
-            "the text."
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON's escapes can spell half a surrogate pair
-        raise ValueError(f"{where} holds text that is not Unicode: {error}.") from error
-    return text
 
 
 def seqio_documents(

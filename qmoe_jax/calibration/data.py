@@ -213,3 +213,13 @@ def _too_little_text(got: int, wanted: int, counts: CorpusCounts, raw_length: in
         f"{counts.too_long} had more than {raw_length} tokens and {counts.too_short} fewer than 2; "
         f"{remedies}."
     )
+
+
+def padded(
+    rows: Sequence[Int32[np.ndarray, " _"]], batch_size: int, length: int
+) -> Int32[np.ndarray, "batch_size length"]:
+    """Rows of token ids, filled with 0 to `length`, and with empty rows to `batch_size`."""
+    filled = np.zeros((batch_size, length), np.int32)
+    for row, tokens in zip(filled, rows, strict=False):
+        row[: tokens.size] = tokens
+    return filled

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from qmoe_jax.calibration import corpora, data, span_corruption, tokenizer
 from qmoe_jax.calibration.data import SampleSet
 
+SAMPLES_PER_EXPERT = 10_000 / 128  # the paper's: 10K for 128 experts, 160K for 2,048
+
 
 @dataclasses.dataclass(frozen=True)
 class Text:
@@ -88,6 +90,17 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
     validation = data.stack_samples([both[i] for i in range(num_calibration, len(both))])
     calibration = data.stack_samples([both[i] for i in range(num_calibration)], both.counts)
     return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
+
+
+def num_calibration_samples(num_experts: int, wanted: int | None) -> int:
+    """As many as wanted, or the paper's share for each expert of a layer.
+
+    Raises:
+      ValueError: a negative number.
+    """
+    if wanted is not None and wanted < 1:
+        raise ValueError(f"NUM_SAMPLES is {wanted}; expected 1 or more")
+    return wanted or round(SAMPLES_PER_EXPERT * num_experts)
 
 
 def _inputs_length(lengths: Mapping[str, int]) -> int:

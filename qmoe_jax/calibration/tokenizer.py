@@ -16,6 +16,7 @@ import sentencepiece
 from etils import epath
 from jaxtyping import Int32
 
+FILE = "sentencepiece.model"  # inside of a packed checkpoint
 PAD_ID = 0  # of every T5 vocabulary, and the decoder's start
 
 
@@ -69,9 +70,7 @@ def load_tokenizer(path: epath.PathLike, extra_ids: int | None = None) -> Tokeni
             at the end), no EOS, or an id 0 that is not reserved for padding.
     """
     path = epath.Path(path)
-    if not path.is_file():
-        raise ValueError(f"there is no tokenizer file {path}.")
-    model = path.read_bytes()
+    model = _read(path)
     processor = _processor(model, path)
     sentinels = _sentinel_ids(processor)
     if extra_ids:
@@ -91,6 +90,21 @@ def load_tokenizer(path: epath.PathLike, extra_ids: int | None = None) -> Tokeni
         eos_id=processor.eos_id(),
         unk_id=processor.unk_id(),
     )
+
+
+def model_bytes(path: epath.PathLike, extra_ids: int | None = None) -> bytes:
+    """A SentencePiece model file that needs no `extra_ids` and gives the same ids.
+
+    Raises:
+        ValueError: no such file.
+    """
+    return with_sentinels(_read(epath.Path(path)), extra_ids or 0)
+
+
+def _read(path: epath.Path) -> bytes:
+    if not path.is_file():
+        raise ValueError(f"there is no tokenizer file {path}.")
+    return path.read_bytes()
 
 
 def check_fits(tokenizer: Tokenizer, vocab_size: int) -> None:

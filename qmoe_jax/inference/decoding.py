@@ -43,6 +43,32 @@ class Sampling:
 GREEDY = Sampling(temperature=0.0)
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("temperature", "topp"),
+    meta_fields=("greedy", "topk", "nucleus"),
+)
+@dataclasses.dataclass(frozen=True)
+class _Draw:
+    """`Sampling` under jit: other numbers of the same kind need no other program."""
+
+    temperature: Float[Array, ""]
+    topp: Float[Array, ""]
+    greedy: bool
+    topk: int
+    nucleus: bool
+
+
+def _draw(sampling: Sampling) -> _Draw:
+    return _Draw(
+        temperature=jnp.float32(sampling.temperature),
+        topp=jnp.float32(sampling.topp),
+        greedy=sampling.temperature == 0,
+        topk=sampling.topk,
+        nucleus=sampling.topp > 0,
+    )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Decoded:
@@ -79,7 +105,7 @@ def generate(
       Tokens, 0 after EOS; the natural logarithm of the probability that the model gives each row.
     """
     state = start(model, encoder_input_tokens, length, key=key)
-    done = _run(model.module, model.variables, state, sampling, eos_id)
+    done = _run(model.module, model.variables, state, _draw(sampling), eos_id)
     return np.asarray(done.tokens), np.asarray(done.log_prob)
 
 
@@ -93,11 +119,11 @@ def stream(
     eos_id: int = 1,
 ) -> Iterator[Int32[np.ndarray, " B"]]:
     """Yields the tokens of one position after another as they are decoded; see `generate`."""
-    begun = start(model, encoder_input_tokens, length, key=key)
+    begun, draw = start(model, encoder_input_tokens, length, key=key), _draw(sampling)
 
     def positions(state: Decoded) -> Iterator[Int32[np.ndarray, " B"]]:
         for position in range(length):
-            state = _next(model.module, model.variables, state, sampling, eos_id)
+            state = _next(model.module, model.variables, state, draw, eos_id)
             yield np.asarray(state.tokens[:, position])
             if state.ended.all():
                 return
@@ -136,20 +162,20 @@ def _start(
     return Decoded(tokens_BL, jnp.zeros(B), ended_B, jnp.int32(0), cache, own)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "sampling", "eos_id"))
+@functools.partial(jax.jit, static_argnames=("module", "eos_id"))
 def _run(
-    module: Switch, variables: Mapping[str, Any], state: Decoded, sampling: Sampling, eos_id: int
+    module: Switch, variables: Mapping[str, Any], state: Decoded, draw: _Draw, eos_id: int
 ) -> Decoded:
     length = state.tokens.shape[1]
     return lax.while_loop(
         lambda state: (state.position < length) & ~state.ended.all(),
-        lambda state: _step(module, variables, state, sampling, eos_id),
+        lambda state: _step(module, variables, state, draw, eos_id),
         state,
     )
 
 
 def _step(
-    module: Switch, variables: Mapping[str, Any], state: Decoded, sampling: Sampling, eos_id: int
+    module: Switch, variables: Mapping[str, Any], state: Decoded, draw: _Draw, eos_id: int
 ) -> Decoded:
     """One token more for every row that has not ended."""
     before = jnp.maximum(state.position - 1, 0)
@@ -160,7 +186,7 @@ def _step(
     )
     logits_BV, cache = found
     key, drawing = jax.random.split(state.key)
-    token_B = choose(logits_BV, sampling, drawing)
+    token_B = _choose(logits_BV, draw, drawing)
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     own_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0]
     token_B = jnp.where(state.ended, 0, token_B)
@@ -175,21 +201,25 @@ def _step(
 
 
 # By itself; the state's arrays, caches above all, are written over.
-_next = jax.jit(_step, static_argnames=("module", "sampling", "eos_id"), donate_argnames=("state",))
+_next = jax.jit(_step, static_argnames=("module", "eos_id"), donate_argnames=("state",))
 
 
 def choose(logits_BV: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int32[Array, " B"]:
     """Draws a token for each row."""
-    if sampling.temperature == 0:
+    return _choose(logits_BV, _draw(sampling), key)
+
+
+def _choose(logits_BV: Float[Array, "B V"], draw: _Draw, key: Array) -> Int32[Array, " B"]:
+    if draw.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    logits_BV = logits_BV / sampling.temperature
-    if sampling.topk:
-        kth_B1 = lax.top_k(logits_BV, min(sampling.topk, logits_BV.shape[1]))[0][:, -1:]
+    logits_BV = logits_BV / draw.temperature
+    if draw.topk:
+        kth_B1 = lax.top_k(logits_BV, min(draw.topk, logits_BV.shape[1]))[0][:, -1:]
         logits_BV = jnp.where(logits_BV < kth_B1, -jnp.inf, logits_BV)
-    if sampling.topp:
+    if draw.nucleus:
         sorted_BV = jnp.sort(logits_BV, axis=-1)[:, ::-1]
         cumulative_BV = jnp.cumsum(jax.nn.softmax(sorted_BV, axis=-1), axis=-1)
-        last_B1 = jnp.sum(cumulative_BV < sampling.topp, axis=-1, keepdims=True)
+        last_B1 = jnp.sum(cumulative_BV < draw.topp, axis=-1, keepdims=True)
         last_B1 = jnp.minimum(last_B1, logits_BV.shape[1] - 1)
         least_B1 = jnp.take_along_axis(sorted_BV, last_B1, axis=-1)
         logits_BV = jnp.where(logits_BV < least_B1, -jnp.inf, logits_BV)

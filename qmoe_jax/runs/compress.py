@@ -18,7 +18,7 @@ import numpy as np
 import rich.console
 
 from qmoe_jax import report as reports
-from qmoe_jax.calibration import experts, pipeline, text, walk
+from qmoe_jax.calibration import experts, pipeline, text, tokenizer, walk
 from qmoe_jax.calibration.text import Samples, Text
 from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
 from qmoe_jax.checkpoints import array_files, packed, source
@@ -26,8 +26,9 @@ from qmoe_jax.checkpoints.packed_manifest import Codec, Header
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models import config as configs
+from qmoe_jax.models import dtypes
 from qmoe_jax.models.block import Block, make_block
-from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
+from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
@@ -35,8 +36,6 @@ from qmoe_jax.runs import devices, groups, progress, records, tracks, work
 from qmoe_jax.runs.groups import Formats, HessianTokens, SolvedGroup
 from qmoe_jax.runs.progress import Progress
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
-
-SAMPLES_PER_EXPERT = 10_000 / 128  # the paper's: 10K for 128 experts, 160K for 2,048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +104,7 @@ def compress(
 
     Args:
       checkpoint_path: a T5X checkpoint (T5X: CHECKPOINT_PATH).
-      output_dir: a new folder for the packed checkpoint and `report.json`.
+      output_dir: a new folder for the packed checkpoint, `report.json` and the vocabulary.
       text_options: the text and its tokenizer.
       quantizer: method, bits, solver settings.
       compute: device, memory, disk.
@@ -125,8 +124,8 @@ def compress(
     console = console or rich.console.Console()
     formats = Formats(
         codec=groups.check_storable(quantizer, codec),
-        store_dtype=devices.float_dtype(store_dtype, "STORE_DTYPE"),
-        dtype=devices.activation_dtype(compute.activation_dtype),
+        store_dtype=dtypes.float_dtype(store_dtype, "STORE_DTYPE"),
+        dtype=dtypes.activation_dtype(compute.activation_dtype),
     )
     packed.check_free(array_files.local_folder(output_dir))
     original = source.open_source(
@@ -137,11 +136,11 @@ def compress(
     vocab_size = original.config.vocab_size
     if original.format == "packed":
         raise ValueError(f"CHECKPOINT_PATH {checkpoint_path} is a packed checkpoint already")
-    wanted = num_calibration_samples(original.config, num_samples)
+    wanted = text.num_calibration_samples(original.config.num_experts, num_samples)
     if quantizer.method == "rtn" and text_options.validation_files is not None:
         wanted = 0  # nothing is calibrated; held-back samples come after as many as ever
     samples = text.load(text_options, vocab_size, wanted, num_validation_samples)
-    return compress_samples(
+    report = compress_samples(
         original,
         samples,
         output_dir,
@@ -153,6 +152,14 @@ def compress(
         dry_run=dry_run,
         console=console,
     )
+    if not dry_run:
+        # The checkpoint can then be run from its folder alone.
+        vocabulary = tokenizer.model_bytes(
+            text_options.sentencepiece_model_file, text_options.extra_ids
+        )
+        with array_files.replacing(pathlib.Path(output_dir, tokenizer.FILE)) as file:
+            file.write(vocabulary)
+    return report
 
 
 def compress_samples(
@@ -210,17 +217,6 @@ def compress_samples(
     reports.save(report, output / "report.json")
     console.print(reports.summary(report))
     return report
-
-
-def num_calibration_samples(config: SwitchConfig, wanted: int | None) -> int:
-    """As many as wanted, or the paper's share for each expert of a layer.
-
-    Raises:
-      ValueError: a negative number.
-    """
-    if wanted is not None and wanted < 1:
-        raise ValueError(f"NUM_SAMPLES is {wanted}; expected 1 or more")
-    return wanted or round(SAMPLES_PER_EXPERT * config.num_experts)
 
 
 def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, SampleLosses]]:

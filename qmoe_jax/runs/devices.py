@@ -12,7 +12,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from qmoe_jax.models.config import SwitchConfig, expert_matrices
@@ -23,32 +22,6 @@ KEPT_BYTES = 1 << 30  # the largest piece of memory that malloc keeps when it is
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8  # glibc: mallopt(3)
 KEPT_COMPILE_SECONDS = 0.1  # programs that took less are not worth a file
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192  # a CPU is fastest on what stays in its caches
-
-
-def activation_dtype(name: str | None) -> np.dtype:
-    """The dtype asked for; by default bfloat16 where the device multiplies in it, else float32.
-
-    Raises:
-      ValueError: neither bfloat16 nor float32.
-    """
-    if name is None:
-        device = jax.devices()[0]
-        capability = getattr(device, "compute_capability", None)  # "8.0" on NVIDIA GPUs
-        slow = device.platform == "cpu" or (capability and float(capability) < 8)
-        name = "float32" if slow else "bfloat16"
-    return float_dtype(name, "ACTIVATION_DTYPE")
-
-
-def float_dtype(name: str, setting: str) -> np.dtype:
-    """bfloat16 or float32 by name.
-
-    Raises:
-      ValueError: another name.
-    """
-    dtypes = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
-    if name not in dtypes:
-        raise ValueError(f"{setting} is {name!r}; expected 'bfloat16' or 'float32'")
-    return dtypes[name]
 
 
 def batch_tokens(wanted: int | None) -> int:

@@ -24,10 +24,11 @@ from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
 from qmoe_jax.checkpoints import array_files, packed, source
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.models import config as configs
+from qmoe_jax.models import dtypes
 from qmoe_jax.models.block import Block, make_block
 from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.runs import devices, progress, tracks, work
-from qmoe_jax.runs.compress import Compute, num_calibration_samples
+from qmoe_jax.runs.compress import Compute
 from qmoe_jax.runs.progress import Progress
 from qmoe_jax.runs.tracks import Track
 
@@ -67,7 +68,7 @@ def evaluate(
             f"EVAL_OUTPUT_DIR {eval_output_dir} is a packed checkpoint, whose config.gin would be "
             "replaced: choose another folder"
         )
-    dtype = devices.activation_dtype(compute.activation_dtype)
+    dtype = dtypes.activation_dtype(compute.activation_dtype)
     scratch = compute.scratch_dir or eval_output_dir or tempfile.gettempdir()
     checkpoint = source.open_source(
         checkpoint_path, memory_budget=compute.read_budget, scratch_dir=pathlib.Path(scratch)
@@ -107,7 +108,9 @@ def _samples(
 ) -> SampleSet:
     config = checkpoint.config
     held_back = text_options.validation_files is None
-    num_calibration = num_calibration_samples(config, num_samples) if held_back else 0
+    num_calibration = (
+        text.num_calibration_samples(config.num_experts, num_samples) if held_back else 0
+    )
     samples = text.load(text_options, config.vocab_size, num_calibration, num_validation_samples)
     if samples.validation is None:
         raise ValueError("NUM_VALIDATION_SAMPLES is 0; expected 1 or more")

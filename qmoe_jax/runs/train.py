@@ -18,6 +18,7 @@ import rich.console
 
 from qmoe_jax.calibration import pipeline, text, tokenizer
 from qmoe_jax.checkpoints import array_files
+from qmoe_jax.models import dtypes
 from qmoe_jax.models.config import SwitchConfig
 from qmoe_jax.models.routing import Capacity
 from qmoe_jax.runs import curves, devices, progress, saves, starts
@@ -71,7 +72,7 @@ class Outputs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name.upper()} is {value}; expected 1 or more")
-        devices.float_dtype(self.save_dtype, "SAVE_DTYPE")
+        dtypes.float_dtype(self.save_dtype, "SAVE_DTYPE")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +143,7 @@ def train(
         return curves.load(folder, start.step).series
     built = program.build(
         recipe,
-        dtype=devices.activation_dtype(machine.activation_dtype),
+        dtype=dtypes.activation_dtype(machine.activation_dtype),
         first_step=start.first,
         partitions=machine.num_expert_partitions,
     )
@@ -298,6 +299,6 @@ def _save(run: Run, step: int, state: TrainState) -> None:
 
 
 def _save_checkpoint(run: Run, step: int, state: TrainState) -> None:
-    dtype = devices.float_dtype(run.outputs.save_dtype, "SAVE_DTYPE")
+    dtype = dtypes.float_dtype(run.outputs.save_dtype, "SAVE_DTYPE")
     saves.save_checkpoint(run.model_dir, step, state.params, dtype)
     saves.keep_newest(run.model_dir, run.outputs.keep_checkpoints)

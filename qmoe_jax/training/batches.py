@@ -4,11 +4,10 @@
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
 
 from qmoe_jax.calibration import corpora, data, segments, span_corruption
 from qmoe_jax.calibration.data import Sample
@@ -128,17 +127,7 @@ def batched(samples: Iterable[Sample], batch_size: int, shape: Lengths) -> Itera
     stream = iter(samples)
     while rows := list(itertools.islice(stream, batch_size)):
         yield Batch(
-            padded([row.encoder_input_tokens for row in rows], batch_size, shape.inputs),
-            padded([row.decoder_input_tokens for row in rows], batch_size, shape.targets),
-            padded([row.decoder_target_tokens for row in rows], batch_size, shape.targets),
+            data.padded([row.encoder_input_tokens for row in rows], batch_size, shape.inputs),
+            data.padded([row.decoder_input_tokens for row in rows], batch_size, shape.targets),
+            data.padded([row.decoder_target_tokens for row in rows], batch_size, shape.targets),
         )
-
-
-def padded(
-    rows: Sequence[Int32[np.ndarray, " _"]], batch_size: int, length: int
-) -> Int32[np.ndarray, "batch_size length"]:
-    """Rows of token ids, filled with 0 to `length`, and with empty rows to `batch_size`."""
-    filled = np.zeros((batch_size, length), np.int32)
-    for row, tokens in zip(filled, rows, strict=False):
-        row[: tokens.size] = tokens
-    return filled

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text in, text out: a model with its vocabulary."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, overload
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int32
+
+from pallas_kernels.implementation import Implementation
+from qmoe_jax.calibration import tokenizer
+from qmoe_jax.calibration.tokenizer import Tokenizer
+from qmoe_jax.inference import beam_search, decoding, prompts, scoring, spans
+from qmoe_jax.inference import load as models
+from qmoe_jax.inference.beam_search import Beams
+from qmoe_jax.inference.decoding import GREEDY, Sampling
+from qmoe_jax.inference.model import Model
+from qmoe_jax.models import dtypes
+
+Decoder = Sampling | Beams
+LENGTH = 114  # of an answer: T5's targets for inputs of 512 tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class TextModel:
+    """A Switch Transformer that takes and gives text; `load` makes it."""
+
+    model: Model
+    vocabulary: Tokenizer
+
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        *,
+        length: int = LENGTH,
+        decoder: Decoder = GREEDY,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> str: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        length: int = LENGTH,
+        decoder: Decoder = GREEDY,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        length: int = LENGTH,
+        decoder: Decoder = GREEDY,
+        seed: int = 0,
+        batch_size: int = 32,
+    ) -> str | list[str]:
+        """What the model says to each prompt.
+
+        Args:
+          prompts: text; `<extra_id_0>` and so on are gaps that the model is to fill.
+          length: tokens of an answer, at most.
+          decoder: `Sampling(temperature=...)` draws tokens, `Beams()` searches; by default the
+            likeliest token is taken each time.
+          seed: of what is drawn.
+          batch_size: prompts at a time.
+        """
+        if isinstance(prompts, str):
+            return self.generate([prompts], length=length, decoder=decoder, seed=seed)[0]
+        answers = [""] * len(prompts)
+        for part in answer(
+            self,
+            encode(self, prompts),
+            length=length,
+            decoder=decoder,
+            key=jax.random.key(seed),
+            batch_size=batch_size,
+        ):
+            for i, row in zip(part.rows, part.tokens, strict=True):
+                answers[i] = self.vocabulary.decode(row)
+        return answers
+
+    def fill(
+        self, text: str, *, length: int = LENGTH, decoder: Decoder = GREEDY, seed: int = 0
+    ) -> str:
+        """The text, its gaps (`<extra_id_0>` and so on) filled in brackets; see `generate`."""
+        rows, key = encode(self, [text]), jax.random.key(seed)
+        asked = answer(self, rows, length=length, decoder=decoder, key=key, batch_size=1)
+        return spans.filled(rows[0], next(asked).tokens[0], self.vocabulary)
+
+    def stream(
+        self, prompt: str, *, length: int = LENGTH, sampling: Sampling = GREEDY, seed: int = 0
+    ) -> Iterator[str]:
+        """The answer to one prompt, piece by piece as it is decoded; see `generate`."""
+        _, (ids,) = next(prompts.batches([encode(self, [prompt])], 1))
+        spoken: list[int] = []
+        said = ""
+        for (token,) in decoding.stream(
+            self.model,
+            ids,
+            length,
+            sampling=sampling,
+            key=jax.random.key(seed),
+            eos_id=self.vocabulary.eos_id,
+        ):
+            spoken.append(int(token))
+            text = self.vocabulary.decode(spoken)
+            yield text[len(said) :]
+            said = text
+
+    def score(
+        self, inputs: Sequence[str], targets: Sequence[str], *, batch_size: int = 32
+    ) -> Float[np.ndarray, " N"]:
+        """Natural logarithm of the probability of each target, its end included, given its input.
+
+        Raises:
+          ValueError: not as many targets as inputs.
+        """
+        if len(inputs) != len(targets):
+            raise ValueError(f"{len(inputs)} `inputs` and {len(targets)} `targets`; expected equal")
+        scores = np.zeros(len(inputs), np.float32)
+        columns = [encode(self, inputs), encode(self, targets)]
+        for rows, (inputs_BS, targets_BL) in prompts.batches(columns, batch_size):
+            scores[rows] = scoring.score(self.model, inputs_BS, targets_BL)[: len(rows)]
+        return scores
+
+
+class Answers(NamedTuple):
+    """Those of one batch."""
+
+    rows: list[int]  # of the prompts
+    tokens: Int32[np.ndarray, "B L"]
+    log_prob: Float[np.ndarray, " B"]  # of beams: divided by the brevity penalty
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    sentencepiece_model_file: str | os.PathLike[str] | None = None,
+    extra_ids: int | None = None,
+    activation_dtype: str | None = None,
+    implementation: Implementation = "auto",
+) -> TextModel:
+    """Reads a model and its vocabulary.
+
+    Args:
+      path: a packed checkpoint, whose experts stay packed, a T5X checkpoint (also a URL) or a
+        Hugging Face folder.
+      sentencepiece_model_file: None: the one that `compress` put into a packed checkpoint.
+      extra_ids: sentinels to add to a tokenizer that has none.
+      activation_dtype: "float32" or "bfloat16"; None: bfloat16 where the device computes in it.
+      implementation: of the products with packed experts; see docs/kernels.md.
+
+    Raises:
+      ValueError: no vocabulary, that of another model, or no checkpoint or a damaged one
+        (CheckpointError).
+    """
+    vocabulary = load_vocabulary(path, sentencepiece_model_file, extra_ids)
+    dtype = dtypes.activation_dtype(activation_dtype)
+    model = models.load(path, dtype=dtype, implementation=implementation)
+    tokenizer.check_fits(vocabulary, model.config.vocab_size)
+    return TextModel(model, vocabulary)
+
+
+def load_vocabulary(
+    path: str | os.PathLike[str],
+    sentencepiece_model_file: str | os.PathLike[str] | None = None,
+    extra_ids: int | None = None,
+) -> Tokenizer:
+    """The vocabulary that is named, or else the one inside of the checkpoint at `path`.
+
+    Raises:
+      ValueError: there is none.
+    """
+    if sentencepiece_model_file is not None:
+        return tokenizer.load_tokenizer(sentencepiece_model_file, extra_ids)
+    kept = epath.Path(path) / tokenizer.FILE
+    if not kept.exists():
+        raise ValueError(
+            f"{path} holds no {tokenizer.FILE}: give SENTENCEPIECE_MODEL_FILE, the vocabulary that "
+            "the model was trained with"
+        )
+    return tokenizer.load_tokenizer(kept)
+
+
+def encode(model: TextModel, texts: Sequence[str]) -> list[Int32[np.ndarray, " _"]]:
+    """Ids of texts of any length, EOS at their ends."""
+    return prompts.encode(texts, model.vocabulary)[0]
+
+
+def answer(
+    model: TextModel,
+    rows: Sequence[Int32[np.ndarray, " _"]],
+    *,
+    length: int,
+    decoder: Decoder,
+    key: Array,
+    batch_size: int,
+) -> Iterator[Answers]:
+    """What the model says to each row of ids, batch by batch, in an order of its own."""
+    eos_id = model.vocabulary.eos_id
+    for number, (chosen, (ids,)) in enumerate(prompts.batches([rows], batch_size)):
+        if isinstance(decoder, Beams):
+            beams = beam_search.beam_search(model.model, ids, length, beams=decoder, eos_id=eos_id)
+            tokens, log_prob = beams[0][:, 0], beams[1][:, 0]
+        else:
+            own = jax.random.fold_in(key, number)
+            tokens, log_prob = decoding.generate(
+                model.model, ids, length, sampling=decoder, key=own, eos_id=eos_id
+            )
+        yield Answers(chosen, tokens[: len(chosen)], log_prob[: len(chosen)])
