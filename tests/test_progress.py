@@ -1,4 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
+import importlib.util
 import io
 import time
 
@@ -33,3 +34,10 @@ def test_a_bar_with_rate_and_time_left_on_a_terminal():
     assert "2,000 tokens/s" in text
     assert "ETA" in text
     assert "not shown" not in text
+
+
+def test_a_notebook_has_a_bar_if_it_has_widgets(monkeypatch):
+    notebook = rich.console.Console(file=io.StringIO(), force_jupyter=True)
+    assert progress._draws(notebook)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert not progress._draws(notebook)

@@ -74,16 +74,3 @@ def test_a_checkpoint_with_its_vocabulary_needs_no_other(tmp_path, data_dir):
     (store / tokenizer.FILE).write_bytes((data_dir / "text" / "sentencepiece.model").read_bytes())
     with pytest.raises(ValueError, match="the model's embedding has 11 rows"):
         text_model.load(store)  # the vocabulary was found
-
-
-def test_a_vocabulary_kept_has_its_sentinels(tmp_path):
-    from tiny_tokenizers import sentencepiece_model
-
-    plain, kept = tmp_path / "plain.model", tmp_path / "kept.model"
-    plain.write_bytes(sentencepiece_model())
-    kept.write_bytes(tokenizer.model_bytes(plain, 10))
-    first, second = tokenizer.load_tokenizer(plain, 10), tokenizer.load_tokenizer(kept)
-    assert second.num_sentinels == 10
-    text = "list <extra_id_0> of <extra_id_9>"
-    np.testing.assert_array_equal(first.encode(text), second.encode(text))
-    assert tokenizer.model_bytes(plain) == plain.read_bytes()

@@ -18,7 +18,7 @@ import numpy as np
 import rich.console
 
 from qmoe_jax import report as reports
-from qmoe_jax.calibration import experts, pipeline, text, tokenizer, walk
+from qmoe_jax.calibration import experts, pipeline, text, walk
 from qmoe_jax.calibration.text import Samples, Text
 from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
 from qmoe_jax.checkpoints import array_files, packed, source
@@ -32,7 +32,7 @@ from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
-from qmoe_jax.runs import devices, groups, progress, records, tracks, work
+from qmoe_jax.runs import devices, groups, progress, records, tracks, vocabulary, work
 from qmoe_jax.runs.groups import Formats, HessianTokens, SolvedGroup
 from qmoe_jax.runs.progress import Progress
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
@@ -153,12 +153,7 @@ def compress(
         console=console,
     )
     if not dry_run:
-        # The checkpoint can then be run from its folder alone.
-        vocabulary = tokenizer.model_bytes(
-            text_options.sentencepiece_model_file, text_options.extra_ids
-        )
-        with array_files.replacing(pathlib.Path(output_dir, tokenizer.FILE)) as file:
-            file.write(vocabulary)
+        vocabulary.keep(text_options, pathlib.Path(output_dir))
     return report
 
 

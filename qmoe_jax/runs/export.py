@@ -27,7 +27,7 @@ from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack
-from qmoe_jax.runs import progress
+from qmoe_jax.runs import progress, vocabulary
 from qmoe_jax.runs.progress import Progress
 
 _DRY = "dry run: inputs are sound, nothing was written"
@@ -127,6 +127,7 @@ def _export_packed(
                 progress.line(bar, name.rpartition(".mlp.")[0])
 
         result = orbax_pack_writer.save(output_dir, store, written=written)
+    vocabulary.copy(path, result)
     _print_result(result, console)
 
 

@@ -16,7 +16,7 @@ from qmoe_jax.checkpoints import (
     remote,
 )
 from qmoe_jax.checkpoints.errors import CheckpointError
-from qmoe_jax.runs import progress
+from qmoe_jax.runs import progress, vocabulary
 
 
 def import_pack(
@@ -86,4 +86,5 @@ def import_pack(
                 progress.line(bar, where)
 
         store = write(committed=committed)
+    vocabulary.copy(folder, output)
     console.print(f"{output}: {store.nbytes:,} bytes", soft_wrap=True)

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import time
 from collections.abc import Generator
 
@@ -12,7 +13,7 @@ import rich.progress
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """One bar with an ETA on a terminal, one line per block elsewhere; and seconds by phase."""
+    """A bar with an ETA on a terminal or in a notebook, else lines; and seconds by phase."""
 
     bar: rich.progress.Progress
     task: rich.progress.TaskID
@@ -33,7 +34,7 @@ def showing(total_work: float, console: rich.console.Console) -> Generator[Progr
         rich.progress.TimeRemainingColumn(),
     )
     bar = rich.progress.Progress(
-        *columns, console=console, disable=not console.is_terminal, speed_estimate_period=600
+        *columns, console=console, disable=not _draws(console), speed_estimate_period=600
     )
     with bar:
         task = bar.add_task("starting", total=total_work, rate="")
@@ -47,8 +48,8 @@ def advance(progress: Progress, work: float, where: str, tokens: int, seconds: f
 
 
 def line(progress: Progress, text: str) -> None:
-    """A finished block, where there is no terminal to draw a bar on."""
-    if not progress.console.is_terminal:
+    """A finished block, where no bar can be drawn."""
+    if not _draws(progress.console):
         task = progress.bar.tasks[progress.task]
         share = task.completed / max(task.total or 1.0, 1e-9)
         left = task.elapsed * (1 / share - 1) if task.elapsed and share > 0 else 0.0
@@ -66,6 +67,13 @@ def timed(progress: Progress, phase: str) -> Generator[None]:
     finally:
         spent = time.perf_counter() - start
         progress.seconds[phase] = progress.seconds.get(phase, 0.0) + spent
+
+
+def _draws(console: rich.console.Console) -> bool:
+    """On a terminal, and in a notebook that has the widgets to do so."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal
 
 
 def _duration(seconds: float) -> str:
