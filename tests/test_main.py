@@ -53,7 +53,8 @@ def test_compress_dry_run_reads_its_defaults_and_writes_nothing(tmp_path, capsys
 def test_eval_dry_run(tmp_path, capsys):
     arguments = (*INPUTS, *TEXT, "--gin.VALIDATION_FILES=None", "--gin.EVAL_OUTPUT_DIR=out")
     assert call("--run_mode=eval", "--dry_run", *arguments) == 0
-    assert "(t5x): 2 samples" in " ".join(capsys.readouterr().out.split())
+    shown = capsys.readouterr().out
+    assert "(t5x)" in shown and "validation: 2 samples" in shown
     assert not list(tmp_path.iterdir())
 
 
@@ -142,6 +143,32 @@ def test_eval_saves_its_config_which_repeats_it(tmp_path):
     assert losses[0] == losses[1]
     configs = [(f / "config.gin").read_text() for f in (first, second)]
     assert configs[0].replace(str(first), str(second)) == configs[1]
+
+
+def test_eval_by_corpus_and_model(tmp_path, capsys, data_dir):
+    corpora = {"held out": str(DEMO / "heldout.jsonl"), "rest": [str(DEMO / "calibration.jsonl")]}
+    arguments = (
+        "--run_mode=eval",
+        *INPUTS,
+        *TEXT,
+        f"--gin.VALIDATION_FILES={corpora}",
+        f"--gin.ORIGINAL_CHECKPOINT_PATH={CHECKPOINT}",
+        "--gin.EVAL_OUTPUT_DIR=eval",
+    )
+    assert call(*arguments, "--gin.PACKED_MODELS=['packed']") == 1
+    error = capsys.readouterr().err
+    assert "PACKED_MODELS is ['packed'], but CHECKPOINT_PATH" in error and error.count("\n") == 1
+    assert call(*arguments, "--gin.VALIDATION_FILES={'a': 3}") == 1
+    assert "VALIDATION_FILES is {'a': 3}; expected " in capsys.readouterr().err
+    assert call(*arguments) == 0
+    saved = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+    assert list(saved["corpora"]) == list(corpora)
+    for own in saved["corpora"].values():
+        assert own["losses"]["original"] == own["losses"]["checkpoint"]
+        assert own["differences"]["checkpoint"] == {"difference": 0.0, "standard_error": 0.0}
+    assert "VALIDATION_FILES = \\\n    {'held out'" in (tmp_path / "eval/config.gin").read_text()
+    assert call(*compress_arguments(tmp_path), f"--gin.VALIDATION_FILES={corpora}") == 1
+    assert "only eval gives losses by corpus" in capsys.readouterr().err
 
 
 def test_later_files_and_settings_win(tmp_path, capsys):

@@ -11,8 +11,8 @@ import collections
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,9 @@ _RUNNING = 4  # chunks on the device whose results have not been fetched
 
 # One expert's matrices, [in, out], by name.
 Kernels = Mapping[str, Float[Array, "_ _"]]
+
+# Rows of a buffer, their number when padded, and a function of them and their probabilities.
+Piece: TypeAlias = tuple[np.ndarray, int, Callable[[jax.Array, jax.Array], jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,21 +120,38 @@ def run_experts(
     """
     layer = _Layer(block.config.mlp_activations, block.dtype)
     scale_D = layer_params["pre_mlp_layer_norm"]["scale"]
+
+    def pieces() -> Iterator[Piece]:
+        for place in range(len(stacked["wo"])):
+            rows = assignment.of(first + place)
+            kernels = expert_kernels(stacked, place) if len(rows) else {}
+            for chunk, size in chunks(rows, CHUNK, TAIL):
+                yield chunk, size, functools.partial(_run_chunk, layer, scale_D, kernels)
+
+    run_pieces(buffer, routes, pieces())
+
+
+def run_pieces(buffer: TokenBuffer, routes: Routes, pieces: Iterable[Piece]) -> None:
+    """Replaces rows of `buffer` by a function of them, fetching while later pieces are computed.
+
+    Args:
+      buffer: the residual stream; no row may be in two pieces.
+      routes: the probability of each row's expert.
+      pieces: rows, the number that they are padded to with zeros, and the function of the padded
+        rows and their probabilities.
+    """
     running = collections.deque()
 
     def fetch():
-        chunk, result = running.popleft()
-        buffer.data[chunk] = np.asarray(result)[: len(chunk)]
+        rows, result = running.popleft()
+        buffer.data[rows] = np.asarray(result)[: len(rows)]
 
-    for place in range(len(stacked["wo"])):
-        rows = assignment.of(first + place)
-        kernels = expert_kernels(stacked, place) if len(rows) else {}
-        for chunk, size in _chunks(rows):
-            x_ND = jnp.asarray(buffers.read_rows(buffer.data, chunk, size))
-            prob_N = jnp.asarray(buffers.read_rows(routes.prob, chunk, size))
-            running.append((chunk, _run_chunk(layer, scale_D, kernels, x_ND, prob_N)))
-            if len(running) > _RUNNING:
-                fetch()
+    for rows, size, function in pieces:
+        x_ND = jnp.asarray(buffers.read_rows(buffer.data, rows, size))
+        prob_N = jnp.asarray(buffers.read_rows(routes.prob, rows, size))
+        running.append((rows, function(x_ND, prob_N)))
+        if len(running) > _RUNNING:
+            fetch()
     while running:
         fetch()
 
@@ -141,12 +161,15 @@ def expert_kernels(stacked: Mapping[str, Float[Array, "E _ _"]], place: int) -> 
     return _index(dict(stacked), jnp.int32(place))
 
 
-def _chunks(rows: Int[np.ndarray, " N"]) -> Iterator[tuple[Int[np.ndarray, " n"], int]]:
-    whole = len(rows) // CHUNK * CHUNK
-    for start in range(0, whole, CHUNK):
-        yield rows[start : start + CHUNK], CHUNK
-    for start in range(whole, len(rows), TAIL):
-        yield rows[start : start + TAIL], TAIL
+def chunks(
+    rows: Int[np.ndarray, " N"], chunk: int, tail: int
+) -> Iterator[tuple[Int[np.ndarray, " n"], int]]:
+    """Cuts rows into pieces of `chunk`, the rest into pieces of `tail`; each with its full size."""
+    whole = len(rows) // chunk * chunk
+    for start in range(0, whole, chunk):
+        yield rows[start : start + chunk], chunk
+    for start in range(whole, len(rows), tail):
+        yield rows[start : start + tail], tail
 
 
 @jax.jit
@@ -191,6 +214,12 @@ def _add_load(hessians, layer: _Layer, tile: int, scale_D, kernels: Kernels, x_N
 @functools.partial(jax.jit, static_argnums=0)
 def _run_chunk(layer: _Layer, scale_D, kernels: Kernels, x_ND, prob_N):
     normed_ND = rms_norm(x_ND, scale_D, layer.dtype)
-    y_ND = expert_mlp(layer.activations, kernels, normed_ND)
+    return add_output(x_ND, expert_mlp(layer.activations, kernels, normed_ND), prob_N)
+
+
+def add_output(
+    x_ND: Float[Array, "N D"], y_ND: Float[Array, "N D"], prob_N: Float[Array, " N"]
+) -> Float[Array, "N D"]:
+    """The residual stream `x_ND` and, times their probabilities, the experts' outputs."""
     y_ND = prob_N[:, None] * y_ND.astype(jnp.float32)
     return add_residual(x_ND, y_ND).astype(x_ND.dtype)

@@ -2,10 +2,14 @@
 """From a user's files to samples: which text, which tokenizer, how long."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from qmoe_jax.calibration import corpora, data, span_corruption, tokenizer
 from qmoe_jax.calibration.data import SampleSet
+from qmoe_jax.calibration.tokenizer import Tokenizer
+
+Files: TypeAlias = Sequence[str] | str
 
 SAMPLES_PER_EXPERT = 10_000 / 128  # the paper's: 10K for 128 experts, 160K for 2,048
 
@@ -18,6 +22,7 @@ class Text:
       sentencepiece_model_file: of the model's own vocabulary.
       files: text or JSON-lines files, folders, globs, `task:NAME` of SeqIO (`corpora.documents`).
       validation_files: text that no sample is calibrated on; None holds samples back from `files`.
+        `evaluate` also takes a dict, corpus -> its files.
       extra_ids: sentinels to add to a tokenizer that has none (T5's `cc_all.32000` wants 100).
       task_feature_lengths: as in T5X; `inputs` decides, `targets` follows from it (512 -> 114).
       document_mode: "skip" leaves out documents that do not fit, "split" cuts them.
@@ -25,8 +30,8 @@ class Text:
     """
 
     sentencepiece_model_file: str
-    files: Sequence[str] | str = ()
-    validation_files: Sequence[str] | str | None = None
+    files: Files = ()
+    validation_files: Files | Mapping[str, Files] | None = None
     extra_ids: int | None = None
     task_feature_lengths: Mapping[str, int] = dataclasses.field(
         default_factory=lambda: {"inputs": 512, "targets": 114}
@@ -48,15 +53,17 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
     """Samples for a model with `vocab_size` rows in its embedding.
 
     Raises:
-      ValueError: too little text, files or lengths that cannot be, or a tokenizer of another model.
+      ValueError: too little text, files or lengths that cannot be, a tokenizer of another model, or
+        a dict of corpora.
     """
+    if isinstance(text.validation_files, Mapping):
+        raise ValueError(
+            f"VALIDATION_FILES is a dict ({_names(text.validation_files)}): only eval gives losses "
+            "by corpus; expected files, a folder, a glob or a list of them"
+        )
     if num_validation < 0:
         raise ValueError(f"NUM_VALIDATION_SAMPLES is {num_validation}; expected 0 or more")
-    if text.seed < 0:
-        raise ValueError(f"SEED is {text.seed}; expected 0 or more")
-    vocabulary = tokenizer.load_tokenizer(text.sentencepiece_model_file, text.extra_ids)
-    tokenizer.check_fits(vocabulary, vocab_size)
-    inputs_length = _inputs_length(text.task_feature_lengths)
+    vocabulary, read = _reader(text, vocab_size)
     if num_calibration and text.validation_files and text.validation_files == text.files:
         raise ValueError(
             "VALIDATION_FILES and CALIBRATION_FILES are the same text: give other text, or leave "
@@ -68,8 +75,53 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
             "CALIBRATION_FILES is not set; expected text or JSON-lines files, a folder, a glob or "
             "task:NAME of SeqIO"
         )
+    if not held_back:
+        calibration = read(text.files, num_calibration, text.seed) if num_calibration else None
+        validation = None
+        if num_validation:
+            validation = read(text.validation_files or (), num_validation, _validation_seed(text))
+        return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
+    both = read(text.files, num_calibration + num_validation, text.seed)
+    validation = data.stack_samples([both[i] for i in range(num_calibration, len(both))])
+    calibration = data.stack_samples([both[i] for i in range(num_calibration)], both.counts)
+    return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
 
-    def read(files: Sequence[str] | str, number: int, seed: int) -> SampleSet:
+
+def load_corpora(text: Text, vocab_size: int, num_samples: int) -> dict[str, SampleSet]:
+    """`num_samples` samples of each corpus of `text.validation_files`, a dict.
+
+    Those of a corpus are the validation samples that `load` makes of its files alone.
+
+    Raises:
+      ValueError: see `load`, naming the corpus whose text it is; no corpus, or one without a name.
+    """
+    files = text.validation_files
+    if not isinstance(files, Mapping) or not files or not all(files):
+        raise ValueError(
+            f"VALIDATION_FILES is {files!r}; expected at least one corpus, as in "
+            "{'wiki': 'wiki.jsonl'}"
+        )
+    _, read = _reader(text, vocab_size)
+    samples = {}
+    for name, own in files.items():
+        try:
+            samples[name] = read(own, num_samples, _validation_seed(text))
+        except ValueError as error:
+            raise ValueError(f"corpus {name!r} of VALIDATION_FILES: {error}") from error
+    return samples
+
+
+def _reader(
+    text: Text, vocab_size: int
+) -> tuple[Tokenizer, Callable[[Files, int, int], SampleSet]]:
+    """The tokenizer, and what makes a number of samples of files with a seed."""
+    if text.seed < 0:
+        raise ValueError(f"SEED is {text.seed}; expected 0 or more")
+    vocabulary = tokenizer.load_tokenizer(text.sentencepiece_model_file, text.extra_ids)
+    tokenizer.check_fits(vocabulary, vocab_size)
+    inputs_length = _inputs_length(text.task_feature_lengths)
+
+    def read(files: Files, number: int, seed: int) -> SampleSet:
         return data.make_samples(
             corpora.documents(files),
             vocabulary,
@@ -79,17 +131,16 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
             document_mode=text.document_mode,
         )
 
-    if not held_back:
-        calibration = read(text.files, num_calibration, text.seed) if num_calibration else None
-        validation = None
-        if num_validation:
-            # Another seed: the same document would else be masked in the same places.
-            validation = read(text.validation_files or (), num_validation, text.seed + 1)
-        return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
-    both = read(text.files, num_calibration + num_validation, text.seed)
-    validation = data.stack_samples([both[i] for i in range(num_calibration, len(both))])
-    calibration = data.stack_samples([both[i] for i in range(num_calibration)], both.counts)
-    return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
+    return vocabulary, read
+
+
+def _validation_seed(text: Text) -> int:
+    """Another one: a document that is calibrated on too would be masked in the same places."""
+    return text.seed + 1
+
+
+def _names(corpora_files: Mapping[str, Files]) -> str:
+    return ", ".join(corpora_files) or "empty"
 
 
 def num_calibration_samples(num_experts: int, wanted: int | None) -> int:

@@ -205,11 +205,7 @@ def _packed_source(checkpoint: PackedCheckpoint) -> Source:
         stack: Stack, layer: int, group_size: int
     ) -> Generator[ExpertGroup, None, None]:
         for group, experts in packed.read_groups(checkpoint, stack, layer):
-            count = group.stop - group.start
-            for first in range(0, count, group_size):
-                size = min(group_size, count - first)
-                arrays = {name: dense_kernel(rec, first, size) for name, rec in experts.items()}
-                yield ExpertGroup(group.start + first, group.start + first + size, arrays)
+            yield from dequantized(group.start, experts, group_size)
 
     return Source(
         path=str(checkpoint.path),
@@ -220,6 +216,17 @@ def _packed_source(checkpoint: PackedCheckpoint) -> Source:
         read=lambda names: packed.read_params(checkpoint, list(names)),
         expert_groups=expert_groups,
     )
+
+
+def dequantized(
+    start: int, experts: Mapping[str, packed.Experts], group_size: int
+) -> Iterator[ExpertGroup]:
+    """One group of a packed store, whose first expert is `start`, in parts of dense matrices."""
+    count = experts["wo"].shape[0]
+    for first in range(0, count, group_size):
+        size = min(group_size, count - first)
+        arrays = {name: dense_kernel(record, first, size) for name, record in experts.items()}
+        yield ExpertGroup(start + first, start + first + size, arrays)
 
 
 def dense_kernel(record: packed.Experts, first: int, count: int) -> Shaped[np.ndarray, "count C R"]:

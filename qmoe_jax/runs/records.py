@@ -70,8 +70,7 @@ def _standard_errors(losses: dict[str, SampleLosses]) -> dict[str, float]:
     errors = {"original": original.standard_error}
     for name, found in losses.items():
         if name != "original":
-            difference = SampleLosses(found.total - original.total, original.targets)
-            errors[name] = difference.standard_error
+            errors[name] = found.minus(original).standard_error
     return errors
 
 

@@ -21,7 +21,10 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.runs import devices
 
-Version: TypeAlias = Literal["original", "round_to_nearest", "compressed"]
+# The first three of a compression; of an evaluation the original, and the forms of a checkpoint.
+Version: TypeAlias = Literal[
+    "original", "round_to_nearest", "compressed", "checkpoint", "dequantized", "packed"
+]
 
 CALIBRATION = "calibration"
 
