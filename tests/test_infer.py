@@ -121,6 +121,18 @@ def test_what_cannot_be_is_said_before_anything_is_written(given, tmp_path, chan
     assert not (tmp_path / "out").exists()
 
 
+def test_simulated_experts_give_answers_of_no_meaning(given, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(LINES))
+    given |= {"prompts": str(tmp_path / "a.txt"), "infer_output_dir": str(tmp_path)}
+    lines = []
+    for simulate in (False, True):
+        infer.infer(**given, simulate_dense=simulate)
+        lines.append((tmp_path / "a-predict.jsonl-00000-of-00001").read_text())
+    assert lines[0] != lines[1]
+    said = given["console"].file.getvalue()
+    assert "a second), compilation included" in said
+
+
 def test_long_prompts_are_cut_and_counted(given, tmp_path):
     (tmp_path / "a.txt").write_text("word " * 100)
     given |= {"prompts": str(tmp_path / "a.txt"), "dry_run": True}

@@ -8,8 +8,7 @@ They travel in the Linen collection `packed`, below `mlp/expert`:
 or `UniformExperts`, which need no `entries`: the table of the dictionary, one array for all layers.
 """
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -45,13 +44,32 @@ def packed_experts(
     """
     records = dict(variables[COLLECTION])
     entries = records.pop("entries", None)
+
+    def times(x_NC: Array, name: str, sizes_E: Array) -> Array:
+        return _times(x_NC, records[name], entries, sizes_E, implementation)
+
     experts = records["wo"].shape[0]
+    return through_matrices(x_ND, expert_index_N, experts, activations, times)
+
+
+def through_matrices(
+    x_ND: Float[Array, "N D"],
+    expert_index_N: Int[Array, " N"],
+    num_experts: int,
+    activations: tuple[str, ...],
+    times: Callable[[Array, str, Array], Array],
+) -> Float[Array, "N D"]:
+    """An expert's MLP for tokens in any order, from products for tokens sorted by expert.
+
+    Args:
+      times: of tokens [N, C], a matrix's name and the tokens of each expert [E]: the products
+        [N, R], 0 for the tokens of none, which come last.
+    """
     order_N = jnp.argsort(expert_index_N, stable=True)
-    sizes_E = jnp.zeros(experts, jnp.int32).at[expert_index_N].add(1, mode="drop")
-    times = functools.partial(_times, entries=entries, sizes_E=sizes_E, choice=implementation)
+    sizes_E = jnp.zeros(num_experts, jnp.int32).at[expert_index_N].add(1, mode="drop")
     sorted_ND = x_ND[order_N]
-    projections = [times(sorted_ND, records[name]) for name in input_matrices(activations)]
-    y_ND = times(activate(activations, projections), records["wo"])
+    projections = [times(sorted_ND, name, sizes_E) for name in input_matrices(activations)]
+    y_ND = times(activate(activations, projections), "wo", sizes_E)
     return jnp.zeros_like(y_ND).at[order_N].set(y_ND)
 
 

@@ -19,6 +19,7 @@ from qmoe_jax.inference import load as models
 from qmoe_jax.inference.beam_search import Beams
 from qmoe_jax.inference.decoding import GREEDY, Sampling
 from qmoe_jax.inference.model import Model
+from qmoe_jax.inference.simulated_dense import simulated_dense
 from qmoe_jax.models import dtypes
 
 Decoder = Sampling | Beams
@@ -148,6 +149,7 @@ def load(
     extra_ids: int | None = None,
     activation_dtype: str | None = None,
     implementation: Implementation = "auto",
+    simulate_dense: bool = False,
 ) -> TextModel:
     """Reads a model and its vocabulary.
 
@@ -158,6 +160,7 @@ def load(
       extra_ids: sentinels to add to a tokenizer that has none.
       activation_dtype: "float32" or "bfloat16"; None: bfloat16 where the device computes in it.
       implementation: of the products with packed experts; see docs/kernels.md.
+      simulate_dense: for timings alone: the experts of a layer become one dense buffer.
 
     Raises:
       ValueError: no vocabulary, that of another model, or no checkpoint or a damaged one
@@ -166,6 +169,8 @@ def load(
     vocabulary = load_vocabulary(path, sentencepiece_model_file, extra_ids)
     dtype = dtypes.activation_dtype(activation_dtype)
     model = models.load(path, dtype=dtype, implementation=implementation)
+    if simulate_dense:
+        model = simulated_dense(model)
     tokenizer.check_fits(vocabulary, model.config.vocab_size)
     return TextModel(model, vocabulary)
 

@@ -32,6 +32,7 @@ from qmoe_jax.runs import progress
 from qmoe_jax.runs.progress import Progress
 
 LENGTHS: Mapping[str, int] = {"inputs": 512, "targets": text_model.LENGTH}
+_MODEL = "model"  # the phase that is timed
 Mode = Literal["predict", "predict_with_aux", "score"]
 
 
@@ -96,6 +97,7 @@ def infer(
     checkpoint_period: int = 16,
     activation_dtype: str | None = None,
     implementation: Implementation = "auto",
+    simulate_dense: bool = False,
     dry_run: bool = False,
     console: rich.console.Console | None = None,
 ) -> None:
@@ -121,6 +123,8 @@ def infer(
       checkpoint_period: batches after which answers are written.
       activation_dtype: see `text_model.load`.
       implementation: of the products with packed experts.
+      simulate_dense: for timings alone: the experts of a layer become one dense buffer, as in the
+        paper's comparison; answers mean nothing.
       dry_run: check the inputs and stop before any weight is read.
       console: where progress goes; None: standard output, or the error output if that is taken.
 
@@ -156,18 +160,23 @@ def infer(
         extra_ids=extra_ids,
         activation_dtype=activation_dtype,
         implementation=implementation,
+        simulate_dense=simulate_dense,
     )
     console.print(f"{checkpoint.path}: {model.model.nbytes:,} bytes in memory", soft_wrap=True)
     how = _How(mode, lengths["targets"], decoder, seed, batch_size, checkpoint_period)
     if output is not None:
         array_files.write_text(output / "model-info.txt", _model_info(checkpoint.config))
-    made_with = _fingerprint(checkpoint.path, how, lengths, extra_ids, activation_dtype)
+    made_with = _fingerprint(
+        checkpoint.path, how, lengths, extra_ids, activation_dtype, simulate_dense
+    )
     with progress.showing(float(sum(len(task.prompts) for task in tasks)), console) as shown:
-        for task in tasks:
-            _run_task(model, task, how, made_with, shown)
+        tokens = sum(_run_task(model, task, how, made_with, shown) for task in tasks)
     for task in tasks:
         if task.path is not None:
             console.print(f"{task.path}: {len(task.prompts):,} lines", soft_wrap=True)
+    seconds = shown.seconds.get(_MODEL, 0.0)
+    rate = f" ({tokens / seconds:,.0f} a second)" if seconds else ""
+    console.print(f"{tokens:,} tokens in {seconds:.1f} s{rate}, compilation included")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,8 +218,9 @@ def _task(
     return Task(name, found, columns, path)
 
 
-def _run_task(model: TextModel, task: Task, how: _How, made_with: str, shown: Progress) -> None:
-    """Chunk by chunk, each in its own file until all are there."""
+def _run_task(model: TextModel, task: Task, how: _How, made_with: str, shown: Progress) -> int:
+    """Chunk by chunk, each in its own file until all are there; returns how many tokens it took."""
+    total = 0
     chunk = how.batch_size * how.checkpoint_period
     parts: list[pathlib.Path] = []
     for number, first in enumerate(range(0, len(task.prompts), chunk)):
@@ -224,7 +234,8 @@ def _run_task(model: TextModel, task: Task, how: _How, made_with: str, shown: Pr
             progress.advance(shown, float(len(task.prompts[rows])), task.name, 0, 0.0)
             continue
         columns = [column[rows] for column in task.columns]
-        found = _answers(model, columns, how, number, task.name, shown)
+        found, tokens = _answers(model, columns, how, number, task.name, shown)
+        total += tokens
         lines = [
             _line(prompt, result) for prompt, result in zip(task.prompts[rows], found, strict=True)
         ]
@@ -240,6 +251,7 @@ def _run_task(model: TextModel, task: Task, how: _How, made_with: str, shown: Pr
                 merged.write(part.read_bytes().partition(b"\n")[2])
         for part in parts:
             part.unlink()
+    return total
 
 
 def _done(part: pathlib.Path, asked: str) -> bool:
@@ -257,16 +269,18 @@ def _answers(
     chunk: int,
     name: str,
     shown: Progress,
-) -> list[dict[str, Any]]:
-    """What is written of each prompt."""
+) -> tuple[list[dict[str, Any]], int]:
+    """What is written of each prompt, and how many tokens were made or scored."""
     results: list[dict[str, Any]] = [{} for _ in columns[0]]
-    begun = time.perf_counter()
-    for rows, found, tokens in _batches(model, columns, how, chunk):
-        for row, result in zip(rows, found, strict=True):
-            results[row] = result
-        spent, begun = time.perf_counter() - begun, time.perf_counter()
-        progress.advance(shown, float(len(rows)), name, tokens, spent)
-    return results
+    total, begun = 0, time.perf_counter()
+    with progress.timed(shown, _MODEL):
+        for rows, found, tokens in _batches(model, columns, how, chunk):
+            for row, result in zip(rows, found, strict=True):
+                results[row] = result
+            spent, begun = time.perf_counter() - begun, time.perf_counter()
+            progress.advance(shown, float(len(rows)), name, tokens, spent)
+            total += tokens
+    return results, total
 
 
 def _batches(
