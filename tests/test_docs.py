@@ -2,6 +2,7 @@
 """What the documentation says of settings, and what it links to, is there."""
 
 import ast
+import os
 import pathlib
 import re
 import xml.etree.ElementTree
@@ -64,9 +65,27 @@ def test_figures_are_whole_and_shown(figure):
     assert root.find(f"{SVG}title") is not None
     for mark in re.findall(r"url\(#(\w+)\)", figure.read_text()):
         assert any(element.get("id") == mark for element in root.iter())
-    assert any(f"]({figure.name})" in page.read_text() for page in PAGES)
+    assert any(f"]({os.path.relpath(figure, page.parent)})" in page.read_text() for page in PAGES)
+
+
+def test_the_examples_in_python_run(tmp_path, monkeypatch, capsys):
+    """Those of README.md, which make the packed checkpoint, and of the page that runs it."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    blocks = [
+        block
+        for page in (ROOT / "README.md", ROOT / "docs/inference.md")
+        for block in re.findall(
+            r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL
+        )
+    ]
+    assert len(blocks) > 2
+    known: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, "example", "exec"), known)
+    assert "<extra_id_0>" in capsys.readouterr().out
 
 
 def test_there_is_something_to_check():
     assert {"README.md", "compress.md"} <= {page.name for page in PAGES}
-    assert "compress.svg" in {figure.name for figure in FIGURES}
+    assert {"architecture.svg", "compress.svg"} <= {figure.name for figure in FIGURES}
