@@ -108,10 +108,13 @@ class UniformExperts:
     group_size: int = _static()  # columns that share a scale; -1: the whole row
 
 
-def local_view(packed: PackedExperts) -> PackedExperts:
+Counted = TypeVar("Counted", bound=PackedExperts | UniformExperts)
+
+
+def local_view(packed: Counted) -> Counted:
     """The same arrays under the number of experts they really hold, for use inside `shard_map`."""
-    experts = packed.expert_bases.shape[0]
-    return dataclasses.replace(packed, shape=(experts, *packed.shape[1:]))
+    array = packed.expert_bases if isinstance(packed, PackedExperts) else packed.codes
+    return dataclasses.replace(packed, shape=(array.shape[0], *packed.shape[1:]))
 
 
 def word_entries(

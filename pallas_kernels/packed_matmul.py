@@ -55,12 +55,19 @@ def packed_matmul(
     if path not in ("auto", "fused", "dense"):
         raise ValueError(f"`path` is {path!r}; expected 'auto', 'fused' or 'dense'")
     if path == "auto":
-        kernels = implementations.resolve(implementation) != "xla"
-        many = tokens_per_expert(x.shape[0], packed.shape[0]) >= DENSE_FROM_TOKENS
-        path = "dense" if kernels and many else "fused"
+        path = choose_path(x.shape[0], packed.shape[0], implementation)
     if path == "fused":
         return sub1_matmul(x, packed, entries, group_sizes, implementation=implementation)
     return _by_decoding(x, packed, entries, group_sizes, implementation)
+
+
+def choose_path(
+    tokens: int, experts: int, implementation: Implementation
+) -> Literal["fused", "dense"]:
+    """What "auto" means for so many tokens and experts: inside `shard_map` all there are."""
+    kernels = implementations.resolve(implementation) != "xla"
+    many = tokens_per_expert(tokens, experts) >= DENSE_FROM_TOKENS
+    return "dense" if kernels and many else "fused"
 
 
 def tokens_per_expert(tokens: int, experts: int) -> float:

@@ -87,6 +87,31 @@ def test_load_experts_refuses(ternary, tmp_path):
     dense = tiny_stores.write(tmp_path / "dense", Kind("dense"))
     with pytest.raises(ValueError, match="codec 'dense' holds no dictionary words"):
         packed.load_experts(dense, "encoder", 1)
+    with pytest.raises(ValueError, match="codec 'dense' holds no dictionary words"):
+        packed.slab_words(dense, "encoder", 1, 1)
+    with pytest.raises(ValueError, match=r"encoder/layers_0 of .* has no experts"):
+        packed.slab_words(checkpoint, "encoder", 0, 1)
+
+
+@pytest.mark.parametrize("slabs", [1, 3])
+def test_slabs_are_measured_without_reading_words(slabs, ternary):
+    checkpoint = packed.open_checkpoint(ternary)
+    for place in PLACES:
+        found = packed.slab_words(checkpoint, *place, slabs)
+        records = packed.load_experts(checkpoint, *place, slabs)
+        assert found == {matrix: record.codes.shape[1] for matrix, record in records.items()}
+
+
+def test_slabs_are_not_measured_by_what_rows_claim(ternary):
+    checkpoint = packed.open_checkpoint(ternary)
+    first, *others = checkpoint.groups["encoder", 1]
+    codes = first.file.arrays["wo/codes"]
+    shorter = {"wo/codes": dataclasses.replace(codes, shape=(codes.shape[0] - 1,))}
+    file = dataclasses.replace(first.file, arrays=first.file.arrays | shorter)
+    groups = (dataclasses.replace(first, file=file), *others)
+    checkpoint = dataclasses.replace(checkpoint, groups={("encoder", 1): groups})
+    with pytest.raises(CheckpointError, match=r"0000-0001.bin: the rows of `wo` have \d+ words"):
+        packed.slab_words(checkpoint, "encoder", 1, 1)
 
 
 def test_read_params_by_name(ternary):

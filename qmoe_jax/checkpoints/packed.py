@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 
 from pallas_kernels import packed as packed_lib
 from pallas_kernels.packed import PackedExperts
@@ -194,10 +194,14 @@ def read_groups(
     Raises:
       ValueError: a layer without experts.
     """
+    for group in _layer_groups(checkpoint, stack, layer):
+        yield group, read_group(checkpoint, group)
+
+
+def _layer_groups(checkpoint: PackedCheckpoint, stack: Stack, layer: int) -> tuple[GroupEntry, ...]:
     if (stack, layer) not in checkpoint.groups:
         raise ValueError(f"{stack}/layers_{layer} of {checkpoint.path} has no experts")
-    for group in checkpoint.groups[stack, layer]:
-        yield group, read_group(checkpoint, group)
+    return checkpoint.groups[stack, layer]
 
 
 def load_experts(
@@ -209,13 +213,48 @@ def load_experts(
       CheckpointError: see `read_group`.
       ValueError: another codec, a layer without experts, or experts that do not divide by `slabs`.
     """
-    if checkpoint.header.codec != "qmoe":
-        raise ValueError(f"codec {checkpoint.header.codec!r} holds no dictionary words")
+    _check_ternary(checkpoint)
     groups = [experts for _, experts in read_groups(checkpoint, stack, layer)]
     return {
         matrix: packed_lib.join([group[matrix] for group in groups], slabs)  # pyright: ignore
         for matrix in configs.expert_matrices(checkpoint.header.config)
     }
+
+
+def slab_words(
+    checkpoint: PackedCheckpoint, stack: Stack, layer: int, slabs: int
+) -> dict[str, int]:
+    """By matrix, the words of the longest slab of `load_experts`; reads the lengths of rows only.
+
+    Raises:
+      CheckpointError: a file is damaged, or words and row lengths do not fit each other.
+      ValueError: see `load_experts`.
+    """
+    _check_ternary(checkpoint)
+    groups, words = _layer_groups(checkpoint, stack, layer), {}
+    for matrix in configs.expert_matrices(checkpoint.header.config):
+        counts = [_expert_words(checkpoint, group, matrix) for group in groups]
+        _, words[matrix] = packed_lib.expert_layout(np.concatenate(counts), slabs)
+    return words
+
+
+def _check_ternary(checkpoint: PackedCheckpoint) -> None:
+    if checkpoint.header.codec != "qmoe":
+        raise ValueError(f"codec {checkpoint.header.codec!r} holds no dictionary words")
+
+
+def _expert_words(
+    checkpoint: PackedCheckpoint, group: GroupEntry, matrix: str
+) -> Int[np.ndarray, " experts"]:
+    lengths = array_files.read_array(checkpoint.path, group.file, f"{matrix}/row_lengths")
+    counts = lengths.sum(axis=1, dtype=np.int64)
+    (words,) = group.file.arrays[f"{matrix}/codes"].shape
+    if counts.sum() != words:  # what is made room for is no more than there is
+        raise CheckpointError(
+            f"{checkpoint.path / group.file.name}: the rows of `{matrix}` have {counts.sum()} "
+            f"words, its codes {words}: restore the file from a copy or compress again."
+        )
+    return counts
 
 
 def load_layer(checkpoint: PackedCheckpoint, stack: Stack, layer: int) -> dict[str, Experts]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import grouped_matmul, packed_matmul
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.packed import PackedExperts, UniformExperts
+from pallas_kernels.packed_matmul import Path
 from qmoe_jax.codec import uniform
 from qmoe_jax.models.config import input_matrices
 from qmoe_jax.models.layers import activate
@@ -32,6 +33,7 @@ def packed_experts(
     *,
     activations: tuple[str, ...] = ("relu",),
     implementation: Implementation = "auto",
+    path: Path = "auto",
 ) -> Float[Array, "N D"]:
     """The `moe.ExpertsFn` of packed experts: only those that tokens chose are decoded.
 
@@ -41,12 +43,13 @@ def packed_experts(
       expert_index_N: of each token; one past the last for dropped ones, whose rows are 0.
       activations: of the model's MLP.
       implementation: see `pallas_kernels.implementation.resolve`.
+      path: see `packed_matmul`; of ternary experts only.
     """
     records = dict(variables[COLLECTION])
     entries = records.pop("entries", None)
 
     def times(x_NC: Array, name: str, sizes_E: Array) -> Array:
-        return _times(x_NC, records[name], entries, sizes_E, implementation)
+        return _times(x_NC, records[name], entries, sizes_E, implementation, path)
 
     experts = records["wo"].shape[0]
     return through_matrices(x_ND, expert_index_N, experts, activations, times)
@@ -79,10 +82,13 @@ def _times(
     entries: Any,
     sizes_E: Int[Array, " E"],
     choice: Implementation,
+    path: Path,
 ) -> Float[Array, "N R"]:
     """Tokens, sorted by expert, times one matrix of theirs."""
     if isinstance(record, PackedExperts):
-        return packed_matmul.packed_matmul(x_NC, record, entries, sizes_E, implementation=choice)
+        return packed_matmul.packed_matmul(
+            x_NC, record, entries, sizes_E, implementation=choice, path=path
+        )
 
     def matrix(expert):
         own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, expert, 1), record)

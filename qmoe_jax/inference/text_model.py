@@ -19,6 +19,7 @@ from qmoe_jax.inference import load as models
 from qmoe_jax.inference.beam_search import Beams
 from qmoe_jax.inference.decoding import GREEDY, Sampling
 from qmoe_jax.inference.model import Model
+from qmoe_jax.inference.sharding import expert_mesh
 from qmoe_jax.inference.simulated_dense import simulated_dense
 from qmoe_jax.models import dtypes
 
@@ -149,6 +150,7 @@ def load(
     extra_ids: int | None = None,
     activation_dtype: str | None = None,
     implementation: Implementation = "auto",
+    num_expert_partitions: int = 1,
     simulate_dense: bool = False,
 ) -> TextModel:
     """Reads a model and its vocabulary.
@@ -160,15 +162,17 @@ def load(
       extra_ids: sentinels to add to a tokenizer that has none.
       activation_dtype: "float32" or "bfloat16"; None: bfloat16 where the device computes in it.
       implementation: of the products with packed experts; see docs/kernels.md.
+      num_expert_partitions: devices that share the experts of each layer.
       simulate_dense: for timings alone: the experts of a layer become one dense buffer.
 
     Raises:
-      ValueError: no vocabulary, that of another model, or no checkpoint or a damaged one
-        (CheckpointError).
+      ValueError: no vocabulary, that of another model, devices that are not there or do not divide
+        the experts; or no checkpoint or a damaged one (CheckpointError).
     """
+    mesh = expert_mesh(num_expert_partitions) if num_expert_partitions != 1 else None
     vocabulary = load_vocabulary(path, sentencepiece_model_file, extra_ids)
     dtype = dtypes.activation_dtype(activation_dtype)
-    model = models.load(path, dtype=dtype, implementation=implementation)
+    model = models.load(path, dtype=dtype, implementation=implementation, mesh=mesh)
     if simulate_dense:
         model = simulated_dense(model)
     tokenizer.check_fits(vocabulary, model.config.vocab_size)

@@ -97,6 +97,7 @@ def infer(
     checkpoint_period: int = 16,
     activation_dtype: str | None = None,
     implementation: Implementation = "auto",
+    num_expert_partitions: int = 1,
     simulate_dense: bool = False,
     dry_run: bool = False,
     console: rich.console.Console | None = None,
@@ -123,6 +124,7 @@ def infer(
       checkpoint_period: batches after which answers are written.
       activation_dtype: see `text_model.load`.
       implementation: of the products with packed experts.
+      num_expert_partitions: devices that share the experts of each layer (T5X's name).
       simulate_dense: for timings alone: the experts of a layer become one dense buffer, as in the
         paper's comparison; answers mean nothing.
       dry_run: check the inputs and stop before any weight is read.
@@ -160,6 +162,7 @@ def infer(
         extra_ids=extra_ids,
         activation_dtype=activation_dtype,
         implementation=implementation,
+        num_expert_partitions=num_expert_partitions,
         simulate_dense=simulate_dense,
     )
     console.print(f"{checkpoint.path}: {model.model.nbytes:,} bytes in memory", soft_wrap=True)
