@@ -105,7 +105,7 @@ def compress(
 
     Args:
       checkpoint_path: a T5X checkpoint (T5X: CHECKPOINT_PATH).
-      output_dir: a new folder for the packed checkpoint and `report.json`.
+      output_dir: a new folder for the packed checkpoint, `report.json` and `report.html`.
       text_options: the text and its tokenizer.
       quantizer: method, bits, solver settings.
       compute: device, memory, disk.
@@ -207,7 +207,7 @@ def compress_samples(
         layers, losses = compress_blocks(run)
         store = packed.finish(output)
     report = records.finish(report, layers, losses, store.nbytes, shown)
-    reports.save(report, output / "report.json")
+    records.save(report, output)
     console.print(reports.summary(report))
     return report
 

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+import pathlib
 from typing import Any
 
 import jax
@@ -60,6 +61,18 @@ def finish(
         seconds=shown.seconds,
         machine=report.machine | {"peak_host_bytes": devices.peak_host_bytes()},
     )
+
+
+def save(report: Report, output: pathlib.Path) -> None:
+    """Writes `report.json` and `report.html`.
+
+    Raises:
+      CheckpointError: the disk is full or cannot be written.
+    """
+    # Here, since Python warns where what runs by `python -m` was imported before.
+    from qmoe_jax import report_page
+
+    report_page.save(report, output)
 
 
 def _standard_errors(losses: dict[str, SampleLosses]) -> dict[str, float]:
