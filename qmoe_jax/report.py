@@ -116,7 +116,7 @@ def introduction(report: Report) -> str:
     lines = [
         f"{source['path']} ({source['format']}, step {source['step']}): "
         f"{source['parameters']:,} parameters, {source['sparse_layers']} sparse layers of "
-        f"{source['experts']} experts, {_bytes(source['bytes'])}",
+        f"{source['experts']} experts, {bytes_text(source['bytes'])}",
         f"{quantizer['method']}, {quantizer['bits']} bits"
         if quantizer["bits"] != "ternary"
         else f"{quantizer['method']}, ternary",
@@ -154,8 +154,12 @@ def _losses_table(report: Report) -> rich.table.Table:
 def _sizes_table(report: Report) -> rich.table.Table:
     found = report.totals
     table = rich.table.Table("", "experts", "whole model", title="Size")
-    table.add_row("bfloat16", _bytes(2 * found["expert_weights"]), _bytes(found["bfloat16_bytes"]))
-    table.add_row("compressed", _bytes(found["expert_bytes"]), _bytes(found["packed_bytes"]))
+    table.add_row(
+        "bfloat16", bytes_text(2 * found["expert_weights"]), bytes_text(found["bfloat16_bytes"])
+    )
+    table.add_row(
+        "compressed", bytes_text(found["expert_bytes"]), bytes_text(found["packed_bytes"])
+    )
     table.add_row("rate", f"{found['expert_compression']:.2f}x", f"{found['compression']:.2f}x")
     table.add_row(
         "bits per weight",
@@ -197,7 +201,8 @@ def _skipped(counts: dict[str, int]) -> str:
     )
 
 
-def _bytes(number: int | float) -> str:
+def bytes_text(number: int | float) -> str:
+    """A size in the unit that keeps it short, three orders of magnitude apart."""
     for unit in ("bytes", "KB", "MB", "GB", "TB"):
         if number < 1000 or unit == "TB":
             break

@@ -32,6 +32,7 @@ from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
+from qmoe_jax.report_page import page as report_page
 from qmoe_jax.runs import devices, groups, progress, records, tracks, vocabulary, work
 from qmoe_jax.runs.groups import Formats, HessianTokens, SolvedGroup
 from qmoe_jax.runs.progress import Progress
@@ -104,7 +105,7 @@ def compress(
 
     Args:
       checkpoint_path: a T5X checkpoint (T5X: CHECKPOINT_PATH).
-      output_dir: a new folder for the packed checkpoint, `report.json` and the vocabulary.
+      output_dir: a new folder for the packed checkpoint, its report and its vocabulary.
       text_options: the text and its tokenizer.
       quantizer: method, bits, solver settings.
       compute: device, memory, disk.
@@ -209,7 +210,7 @@ def compress_samples(
         layers, losses = compress_blocks(run)
         store = packed.finish(output)
     report = records.finish(report, layers, losses, store.nbytes, shown)
-    reports.save(report, output / "report.json")
+    report_page.save(report, output)
     console.print(reports.summary(report))
     return report
 
