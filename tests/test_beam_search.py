@@ -5,11 +5,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny_stores
 import tiny_switch
+from flax.traverse_util import unflatten_dict
 from test_decoding import original, prompts
+from tiny_stores import Kind
 
-from qmoe_jax.inference import decoding
+from qmoe_jax.checkpoints import source
+from qmoe_jax.inference import decoding, load
 from qmoe_jax.inference.beam_search import NO_BEAM, Beams, beam_search
+from qmoe_jax.inference.model import Model
+from qmoe_jax.models.switch import Switch
 
 NAME = "tiny_switch_base"
 forward = tiny_switch.quick_jit(lambda module, *given: module.apply(*given), static_argnums=0)
@@ -104,8 +110,33 @@ def test_a_row_that_never_ends_gives_what_is_alive():
     assert greedy.shape == (3, 4)
 
 
+def test_packed_beams_are_those_of_dequantized_weights(tmp_path):
+    tiny_stores.write(tmp_path / "store", Kind("qmoe"))
+    model = load.load(tmp_path / "store")
+    flat = source.all_params(source.open_source(tmp_path / "store"))
+    params = {name: jnp.asarray(array, jnp.float32) for name, array in flat.items()}
+    dense = Model(Switch(model.config), {"params": unflatten_dict(params, sep="/")})
+    tokens = prompts(model)
+    # Of 11 tokens: more beams than the first position has sequences.
+    found, scores = beam_search(model, tokens, 4, beams=Beams(16), eos_id=3)
+    expected, expected_scores = beam_search(dense, tokens, 4, beams=Beams(16), eos_id=3)
+    np.testing.assert_array_equal(found, expected)
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+
+
+def test_places_that_hold_no_sequence_are_empty():
+    """One position, no end: as many sequences as there are tokens."""
+    model = original(NAME)
+    V = model.config.vocab_size
+    found, scores = beam_search(model, prompts(model), 1, beams=Beams(V + 3), eos_id=-1)
+    assert (scores[:, :V] > NO_BEAM).all()
+    assert (scores[:, V:] == NO_BEAM).all() and not found[:, V:].any()
+    assert all(sorted(row) == list(range(V)) for row in found[:, :V, 0].tolist())
+
+
 def test_beams_that_cannot_be():
     with pytest.raises(ValueError, match="num_decodes 0"):
         Beams(0)
-    with pytest.raises(ValueError, match="alpha -1"):
-        Beams(2, -1.0)
+    for alpha in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="expected at least one beam, and an alpha"):
+            Beams(2, alpha)

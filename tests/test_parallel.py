@@ -5,12 +5,10 @@ file once more in a process that has them."""
 import dataclasses
 import functools
 import io
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
+import many_devices
 import numpy as np
 import pytest
 import rich.console
@@ -33,26 +31,12 @@ BATCH = tiny_training.batch(rows=8, inputs=12, targets=8)
 
 @pytest.fixture
 def devices():
-    if len(jax.devices()) < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices; `test_on_four_devices` provides them")
-    return jax.devices()[:DEVICES]
+    return many_devices.first(DEVICES)
 
 
 @pytest.mark.slow
 def test_on_four_devices():
-    if len(jax.devices()) >= DEVICES:
-        pytest.skip("the other tests run on these devices")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 skipped" in done.stdout, done.stdout  # this test
+    many_devices.run_again(__file__, DEVICES)
 
 
 def gradients(config: SwitchConfig, mesh: Mesh, batch: Batch, capacity: Capacity):

@@ -4,14 +4,12 @@ runs this file once more in a process that has them."""
 
 import dataclasses
 import functools
-import os
 import pathlib
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
+import many_devices
 import numpy as np
 import pytest
 import tiny_stores
@@ -43,26 +41,12 @@ TRANSFER = re.compile(r" (all-|reduce-scatter|collective|send|recv)[\w-]*\(")
 
 @pytest.fixture
 def devices():
-    if len(jax.devices()) < DEVICES:
-        pytest.skip(f"needs {DEVICES} devices; `test_on_eight_devices` provides them")
-    return jax.devices()[:DEVICES]
+    return many_devices.first(DEVICES)
 
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    if len(jax.devices()) >= DEVICES:
-        pytest.skip("the other tests run on these devices")
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={DEVICES}"
-    flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 skipped" in done.stdout, done.stdout  # this test
+    many_devices.run_again(__file__, DEVICES)
 
 
 @pytest.fixture(scope="module")

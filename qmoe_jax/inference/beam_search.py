@@ -3,7 +3,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,10 +34,10 @@ class Beams:
     alpha: float = 0.6
 
     def __post_init__(self):
-        if self.num_decodes < 1 or self.alpha < 0:
+        if self.num_decodes < 1 or not 0 <= self.alpha < math.inf:
             raise ValueError(
                 f"num_decodes {self.num_decodes}, alpha {self.alpha}: expected at least one beam, "
-                "and an alpha that is not negative"
+                "and an alpha that is finite and not negative"
             )
 
 
@@ -50,7 +51,7 @@ class Search:
     finished: Int32[Array, "B K L"]  # these have said EOS
     finished_score: Float[Array, "B K"]
     position: Int32[Array, ""]
-    cache: DecoderCache  # B * K rows: those of the live ones
+    cache: DecoderCache  # of B rows what the encoder gave, of B * K live ones the rest
 
 
 def beam_search(
@@ -71,8 +72,8 @@ def beam_search(
       eos_id: ends a sequence.
 
     Returns:
-      Tokens, 0 after EOS, and scores of each row's K sequences, the best first; -1e7 where fewer
-      have ended. If none has, they are the unfinished ones with their log probabilities.
+      Tokens, 0 after EOS, and scores of each row's K sequences, the best first; 0 and -1e7 where
+      fewer have ended. If none has, they are the unfinished ones with their log probabilities.
 
     Raises:
       ValueError: an id outside of the vocabulary.
@@ -103,7 +104,7 @@ def _search(
         finished=nothing,
         finished_score=empty,
         position=jnp.int32(0),
-        cache=jax.tree.map(lambda leaf: jnp.repeat(leaf, K, axis=0), cache),
+        cache=_own(cache, lambda leaf: jnp.repeat(leaf, K, axis=0)),
     )
 
     def goes_on(state: Search):
@@ -115,10 +116,10 @@ def _search(
         goes_on, lambda state: _step(module, variables, state, alpha, eos_id), state
     )
     none_B = done.finished_score[:, 0] <= NO_BEAM / 2
-    return (
-        jnp.where(none_B[:, None, None], done.live, done.finished),
-        jnp.where(none_B[:, None], done.live_log_prob, done.finished_score),
-    )
+    tokens = jnp.where(none_B[:, None, None], done.live, done.finished)
+    scores = jnp.where(none_B[:, None], done.live_log_prob, done.finished_score)
+    real_BK = scores > NO_BEAM / 2
+    return jnp.where(real_BK[:, :, None], tokens, 0), jnp.where(real_BK, scores, NO_BEAM)
 
 
 def _step(
@@ -166,16 +167,13 @@ def _step(
         finished=jnp.take_along_axis(sequences, kept_BK[:, :, None], axis=1),
         finished_score=finished_score,
         position=state.position + 1,
-        cache=_of_parents(cache, row_BK.reshape(-1)),
+        cache=_own(cache, lambda leaf: leaf[row_BK.reshape(-1)]),
     )
 
 
-def _of_parents(cache: DecoderCache, row_N: Int[Array, " N"]) -> DecoderCache:
-    """What the live beams' parents remember; of the encoder all beams of a row know the same."""
-    blocks = [
-        block._replace(own=jax.tree.map(lambda leaf: leaf[row_N], block.own))
-        for block in cache.blocks
-    ]
+def _own(cache: DecoderCache, change: Callable[[Array], Array]) -> DecoderCache:
+    """Of the encoder all beams of a row know the same; what differs is of their own tokens."""
+    blocks = [block._replace(own=jax.tree.map(change, block.own)) for block in cache.blocks]
     return cache._replace(blocks=tuple(blocks))
 
 

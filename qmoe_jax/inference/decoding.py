@@ -31,7 +31,7 @@ class Sampling:
     topp: float = 0.0
 
     def __post_init__(self):
-        if self.temperature < 0 or self.topk < 0 or not 0 <= self.topp <= 1:
+        if not (self.temperature >= 0 and self.topk >= 0 and 0 <= self.topp <= 1):
             raise ValueError(
                 f"temperature {self.temperature}, topk {self.topk}, topp {self.topp}: expected "
                 "numbers that are not negative, and topp at most 1"

@@ -114,12 +114,13 @@ class Block(nn.Module):
         cache: BlockCache,
         position: Int[Array, ""],
         bias_H1L: Float[Array, "H 1 L"],
-        cross_mask_B1S: Bool[Array, "B 1 S"],
+        cross_mask_P1S: Bool[Array, "P 1 S"],
         valid_B1: Bool[Array, "B 1"],
     ) -> tuple[Float[Array, "B 1 D"], BlockCache]:
         """One position of the decoder, after those that `cache` holds; returns the next cache.
 
-        Rows that are not valid go to no expert.
+        Rows that are not valid go to no expert. The B rows are those of P prompts, equally many of
+        each.
         """
         y_B1D = self.pre_self_attention_layer_norm(x_B1D)
         new = self.self_attention.keys_values(y_B1D)
@@ -133,9 +134,17 @@ class Block(nn.Module):
         seen_B1L = jnp.broadcast_to(jnp.arange(L) <= position, (B, 1, L))
         x_B1D = add_residual(x_B1D, self.self_attention.attend(y_B1D, own, seen_B1L, bias_H1L))
         y_B1D = self.pre_cross_attention_layer_norm(x_B1D)
-        y_B1D = self.encoder_decoder_attention.attend(y_B1D, cache.cross, cross_mask_B1S)
+        y_B1D = self._cross_step(y_B1D, cache.cross, cross_mask_P1S)
         x_B1D = self._mlp_part(add_residual(x_B1D, y_B1D), valid_B1)
         return x_B1D, BlockCache(own, cache.cross)
+
+    def _cross_step(self, y_B1D, seen: KeysValues, cross_mask_P1S) -> Float[Array, "B 1 D"]:
+        """Rows that share a prompt are to its keys as positions of one row."""
+        P, _, S = cross_mask_P1S.shape
+        B, _, D = y_B1D.shape
+        mask_PRS = jnp.broadcast_to(cross_mask_P1S, (P, B // P, S))
+        y_PRD = y_B1D.reshape(P, B // P, D)
+        return self.encoder_decoder_attention.attend(y_PRD, seen, mask_PRS).reshape(B, 1, D)
 
     def _attend(
         self,

@@ -50,7 +50,7 @@ class DecoderCache(NamedTuple):
     """What the decoder remembers of a batch while it decodes token by token."""
 
     blocks: tuple[BlockCache, ...]
-    cross_mask: Bool[Array, "B 1 S"]
+    cross_mask: Bool[Array, "P 1 S"]  # of the prompts
 
 
 class LayerStack(nn.Module):

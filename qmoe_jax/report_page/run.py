@@ -67,12 +67,11 @@ print(model.fill("The <extra_id_0> of a list.", length=16))"""
 
 def use(record: Mapping[str, Any]) -> str:
     """How the pack is loaded and evaluated, as HTML."""
-    return (
-        "<p>PACK is the folder that this page lies in.</p>"
-        + markup.code(LOADING)
-        + "<p>Its loss on the same text:</p>"
-        + markup.code(" \\\n  ".join(eval_command(record)))
-    )
+    shown = "<p>PACK is the folder that this page lies in.</p>" + markup.code(LOADING)
+    if record["settings"]["text"]:  # samples may have come from elsewhere
+        command = " \\\n  ".join(eval_command(record))
+        shown += "<p>Its loss on the same text:</p>" + markup.code(command)
+    return shown
 
 
 def eval_command(record: Mapping[str, Any]) -> list[str]:
