@@ -28,6 +28,11 @@ def resolve(implementation: Implementation) -> Literal["pallas", "triton", "xla"
     )
 
 
+def available(implementation: Implementation) -> bool:
+    """Whether the default device can run it; interpreters for tests aside."""
+    return resolve(implementation) == "xla" or _has_kernels(jax.devices()[0])
+
+
 def _has_kernels(device: Any) -> bool:
     capability = getattr(device, "compute_capability", "")
     cuda = device.platform == "gpu" and "." in capability and capability[0].isdigit()

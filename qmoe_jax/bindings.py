@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 _STRING = re.compile(r"""'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*\"""")
-_INSTEAD = {"MIXTURE_OR_TASK_NAME": "CALIBRATION_FILES=task:NAME, or VALIDATION_FILES=task:NAME"}
+_INSTEAD = {
+    "MIXTURE_OR_TASK_NAME": "CALIBRATION_FILES=task:NAME, VALIDATION_FILES=task:NAME, or for infer "
+    "PROMPTS, a file"
+}
 
 
 def used_names(config: str) -> set[str]:

@@ -27,6 +27,8 @@ def test_auto_goes_by_the_device(platform, capability, expected, monkeypatch):
     device = types.SimpleNamespace(platform=platform, compute_capability=capability)
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert implementation.resolve("auto") == expected
+    assert implementation.available("auto") and implementation.available("xla")
+    assert implementation.available("triton") == (expected == "pallas")
 
 
 def test_others_are_refused():

@@ -107,6 +107,8 @@ def test_without_a_folder_lines_go_to_standard_output(given, tmp_path, capsys, m
         ({"decoding": Decoding(num_decodes=2, temperature=0.5)}, "beams are not drawn"),
         ({"decoding": Decoding(topk=3)}, "set TEMPERATURE"),
         ({"decoding": Decoding(temperature=1.0, topk=3, topp=0.5)}, "give one of them"),
+        ({"num_expert_partitions": 0}, "NUM_EXPERT_PARTITIONS is 0; expected 1 to"),
+        ({"implementation": "triton"}, "IMPLEMENTATION is 'triton', whose kernels need"),
         ({"sentencepiece_model_file": None}, "holds no sentencepiece.model"),
         ({"checkpoint_path": "/nowhere/checkpoint_1"}, "/nowhere/checkpoint_1"),
     ],

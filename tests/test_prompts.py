@@ -38,9 +38,18 @@ def test_files_of_every_kind(tmp_path, monkeypatch):
 def test_files_that_hold_no_prompts(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        prompts.read(str(tmp_path / name))
-    with pytest.raises(ValueError, match="no file of prompts"):
-        prompts.read(str(tmp_path / "none.txt"))
+        for file in prompts.files(str(tmp_path / name)):
+            prompts.read(file)
+
+
+def test_folders_and_globs(tmp_path):
+    for name in ("b.txt", "a.jsonl", "c.csv"):
+        (tmp_path / name).write_text("x")
+    expected = [str(tmp_path / "a.jsonl"), str(tmp_path / "b.txt")]
+    assert prompts.files(str(tmp_path)) == expected
+    assert prompts.files([str(tmp_path / "*.txt"), "-"]) == [expected[1], "-"]
+    with pytest.raises(ValueError, match="no text file matches"):
+        prompts.files(str(tmp_path / "none.txt"))
 
 
 def test_names_of_outputs():

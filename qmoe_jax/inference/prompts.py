@@ -25,6 +25,20 @@ class Prompt:
     targets: str | None = None  # for scores; JSON alone has them
 
 
+def files(names: Sequence[str] | str) -> list[str]:
+    """The files that names, folders and globs stand for; `-`, standard input, stays.
+
+    Raises:
+      ValueError: nothing matches, or a file's suffix is not one that `read` knows.
+    """
+    names = [names] if isinstance(names, str) else names
+    return [
+        str(file)
+        for name in names
+        for file in ([name] if name == STANDARD_INPUT else corpora.find_files(name))
+    ]
+
+
 def read(path: str) -> list[Prompt]:
     """The prompts of one file, in order.
 
@@ -33,14 +47,12 @@ def read(path: str) -> list[Prompt]:
     gzip. `-` is standard input: lines of text. Blank lines are passed over.
 
     Raises:
-      ValueError: no such file, another suffix, damaged, or without any prompt; names file and line.
+      ValueError: damaged, or without any prompt; names the file and line.
     """
     if path == STANDARD_INPUT:
         found = [Prompt(line.strip()) for line in sys.stdin if line.strip()]
     else:
-        if not epath.Path(path).exists():
-            raise ValueError(f"there is no file of prompts {path}; `-` means standard input")
-        (file,) = corpora.find_files(path)
+        file = epath.Path(path)
         json_lines = corpora.is_json(file)
         found = [
             _from_json(line, where) if json_lines else Prompt(line)

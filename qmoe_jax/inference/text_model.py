@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int32
 
+from pallas_kernels import implementation as implementations
 from pallas_kernels.implementation import Implementation
 from qmoe_jax.calibration import tokenizer
 from qmoe_jax.calibration.tokenizer import Tokenizer
@@ -169,7 +170,8 @@ def load(
       ValueError: no vocabulary, that of another model, devices that are not there or do not divide
         the experts; or no checkpoint or a damaged one (CheckpointError).
     """
-    mesh = expert_mesh(num_expert_partitions) if num_expert_partitions != 1 else None
+    check_devices(num_expert_partitions, implementation)
+    mesh = expert_mesh(num_expert_partitions) if num_expert_partitions > 1 else None
     vocabulary = load_vocabulary(path, sentencepiece_model_file, extra_ids)
     dtype = dtypes.activation_dtype(activation_dtype)
     model = models.load(path, dtype=dtype, implementation=implementation, mesh=mesh)
@@ -177,6 +179,25 @@ def load(
         model = simulated_dense(model)
     tokenizer.check_fits(vocabulary, model.config.vocab_size)
     return TextModel(model, vocabulary)
+
+
+def check_devices(num_expert_partitions: int, implementation: Implementation) -> None:
+    """Whether a model can be run so on this machine.
+
+    Raises:
+      ValueError: it has not so many devices, or none that these kernels are for.
+    """
+    there, kind = jax.device_count(), jax.devices()[0].device_kind
+    if not 1 <= num_expert_partitions <= there:
+        raise ValueError(
+            f"NUM_EXPERT_PARTITIONS is {num_expert_partitions}; expected 1 to {there}, the devices "
+            "that are there"
+        )
+    if not implementations.available(implementation):
+        raise ValueError(
+            f"IMPLEMENTATION is {implementation!r}, whose kernels need an NVIDIA GPU of compute "
+            f"capability 8.0 or newer; this is {kind}: leave it at 'auto'"
+        )
 
 
 def load_vocabulary(

@@ -2,6 +2,7 @@
 """Runs a checkpoint, original or packed, on a user's prompts; writes what T5X's infer writes."""
 
 import dataclasses
+import glob
 import hashlib
 import json
 import math
@@ -111,7 +112,7 @@ def infer(
 
     Args:
       checkpoint_path: a packed, T5X or Hugging Face checkpoint.
-      prompts: files (see `inference.prompts.read`); `-` is standard input.
+      prompts: files (see `inference.prompts.read`), folders or globs; `-` is standard input.
       mode: what to find.
       infer_output_dir: folder for the answers; None: the lines go to standard output.
       sentencepiece_model_file: of the model's vocabulary; None: the packed checkpoint's own.
@@ -143,13 +144,14 @@ def infer(
         raise ValueError(
             f"TASK_FEATURE_LENGTHS is {lengths}; expected `inputs` and `targets` of 2 up"
         )
-    vocabulary = text_model.load_vocabulary(checkpoint_path, sentencepiece_model_file, extra_ids)
+    text_model.check_devices(num_expert_partitions, implementation)
     checkpoint = source.open_source(checkpoint_path)
+    vocabulary = text_model.load_vocabulary(checkpoint_path, sentencepiece_model_file, extra_ids)
     tokenizer.check_fits(vocabulary, checkpoint.config.vocab_size)
     output = None if infer_output_dir is None else array_files.local_folder(infer_output_dir)
     if output is not None and packed.is_packed(output):
         raise ValueError(f"INFER_OUTPUT_DIR {output} is a packed checkpoint: choose another folder")
-    files = [prompts] if isinstance(prompts, str) else list(prompts)
+    files = prompt_files.files(prompts)
     tasks = [_task(file, mode, vocabulary, lengths, output, console) for file in files]
     if len({task.name for task in tasks}) < len(tasks) or not tasks:
         raise ValueError(f"PROMPTS is {files}; expected one or more files with different names")
@@ -252,7 +254,8 @@ def _run_task(model: TextModel, task: Task, how: _How, made_with: str, shown: Pr
         with array_files.replacing(task.path) as merged:
             for part in parts:
                 merged.write(part.read_bytes().partition(b"\n")[2])
-        for part in parts:
+        # Also those that a stopped run with other settings left.
+        for part in task.path.parent.glob(f"{glob.escape(task.path.name)}.*.chunk*"):
             part.unlink()
     return total
 
