@@ -3,6 +3,7 @@
 
 import os
 import pathlib
+from collections.abc import Iterator
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
@@ -29,3 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def data_dir() -> pathlib.Path:
     """Checkpoints written by T5X and goldens of the published QMoE code."""
     return pathlib.Path(__file__).parent / "data"
+
+
+@pytest.fixture(scope="module")
+def quick_compilation() -> Iterator[None]:
+    """For modules whose programs run once or twice, and whose results are not compared bit by bit.
+
+    A function that was compiled so stays so in its process: of no use to the road of compression.
+    """
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)

@@ -17,8 +17,9 @@ from qmoe_jax.inference.beam_search import NO_BEAM, Beams, beam_search
 from qmoe_jax.inference.model import Model
 from qmoe_jax.models.switch import Switch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAME = "tiny_switch_base"
-forward = tiny_switch.quick_jit(lambda module, *given: module.apply(*given), static_argnums=0)
 
 
 def log_probs(model, prompt, sequences):
@@ -29,7 +30,7 @@ def log_probs(model, prompt, sequences):
     inputs[:, 0] = 0
     inputs[:count, 1 : length + 1] = sequences
     everything = np.repeat(prompt[None], len(inputs), 0), inputs, np.ones_like(inputs)
-    logits = forward(model.module, model.variables, *map(jnp.asarray, everything))
+    logits = tiny_switch.logits(model.module, model.variables, *everything)
     return np.asarray(jax.nn.log_softmax(logits, axis=-1), np.float64)[:count, length]
 
 

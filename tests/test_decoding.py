@@ -16,6 +16,8 @@ from qmoe_jax.inference.decoding import GREEDY, Sampling
 from qmoe_jax.inference.model import Model
 from qmoe_jax.models.switch import Switch
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 NAMES = ["tiny_switch_base", "tiny_switch_xxl", "tiny_switch_c"]
 
 
@@ -38,10 +40,12 @@ def test_logits_with_a_cache_are_those_without(name):
     inputs = np.random.default_rng(1).integers(2, model.config.vocab_size, (3, length))
     inputs = inputs.astype(np.int32)
     inputs[:, 0] = 0
-    everything = (jnp.asarray(a) for a in (tokens, inputs, np.ones_like(inputs)))
-    expected = np.asarray(model.module.apply(model.variables, *everything))
+    everything = (tokens, inputs, np.ones_like(inputs))
+    expected = np.asarray(tiny_switch.logits(model.module, model.variables, *everything))
     cache = decoding.start(model, tokens, length).cache
-    step = jax.jit(lambda *given: model.module.apply(model.variables, *given, method="step"))
+    step = tiny_switch.quick_jit(
+        lambda *given: model.module.apply(model.variables, *given, method="step")
+    )
     valid = jnp.ones(3, bool)
     for position in range(length):
         logits, cache = step(jnp.asarray(inputs[:, position]), cache, jnp.int32(position), valid)
@@ -59,8 +63,7 @@ def test_every_token_is_the_likeliest_under_teacher_forcing(name):
     assert rows.any()
     tokens, found, log_prob = tokens[rows], found[rows], log_prob[rows]
     inputs = np.pad(found, ((0, 0), (1, 0)))[:, :-1]
-    arguments = (jnp.asarray(array) for array in (tokens, inputs, np.ones_like(found)))
-    logits: Any = model.module.apply(model.variables, *arguments)
+    logits = tiny_switch.logits(model.module, model.variables, tokens, inputs, np.ones_like(found))
     np.testing.assert_array_equal(np.argmax(np.asarray(logits), axis=-1), found)
     likeliest = jax.nn.log_softmax(logits, axis=-1).max(-1).sum(1)
     np.testing.assert_allclose(log_prob, likeliest, atol=1e-4)

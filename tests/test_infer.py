@@ -12,6 +12,8 @@ from qmoe_jax.inference import text_model
 from qmoe_jax.runs import infer
 from qmoe_jax.runs.infer import Decoding
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 LINES = [f"Return <extra_id_0> of item {i}." for i in range(7)]
 LENGTHS = {"inputs": 40, "targets": 5}
 

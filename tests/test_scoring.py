@@ -8,12 +8,16 @@ from test_decoding import NAMES, original, prompts
 from qmoe_jax.inference import decoding, scoring
 from qmoe_jax.inference.decoding import Sampling
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 
 @pytest.mark.parametrize("name", NAMES)
 def test_scores_are_sums_of_log_softmax(name):
     model = original(name)
     inputs, shifted, targets = tiny_switch.tokens(name, "pad")
-    logits = np.asarray(model.module.apply(model.variables, inputs, shifted, targets), np.float64)
+    logits = np.asarray(
+        tiny_switch.logits(model.module, model.variables, inputs, shifted, targets), np.float64
+    )
     log_probs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     expected = [
         sum(row[position, token] for position, token in enumerate(tokens) if token)

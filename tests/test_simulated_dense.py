@@ -4,12 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_stores
+import tiny_switch
 from test_load import batch
 from tiny_stores import Kind
 
 from qmoe_jax.inference import decoding, load
 from qmoe_jax.inference.simulated_dense import COLLECTION, simulated_dense
 from qmoe_jax.models.switch import Switch
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.mark.parametrize("config", [tiny_stores.CONFIG, tiny_stores.GATED], ids=["plain", "gated"])
@@ -29,8 +32,8 @@ def test_it_is_a_dense_model_of_equal_experts(config, tmp_path):
         }
     tokens = batch(model.config)
     whole = {"params": jax.tree.map(jnp.asarray, params)}
-    expected = np.asarray(Switch(config).apply(whole, *tokens))
-    found = jax.jit(simulated.module.apply)(simulated.variables, *tokens)
+    expected = np.asarray(tiny_switch.logits(Switch(config), whole, *tokens))
+    found = tiny_switch.logits(simulated.module, simulated.variables, *tokens)
     np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
     generated, _ = decoding.generate(simulated, np.asarray(tokens[0]), 3, eos_id=-1)
     assert generated.shape == (3, 3)

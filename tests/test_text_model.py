@@ -12,6 +12,8 @@ from qmoe_jax.inference.beam_search import Beams, beam_search
 from qmoe_jax.inference.decoding import Sampling
 from qmoe_jax.inference.text_model import TextModel
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 PROMPTS = ["The <extra_id_0> of a list.", "x", "Return <extra_id_0> and <extra_id_1> as they are."]
 
 

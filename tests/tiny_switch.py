@@ -72,7 +72,15 @@ def tokens(name: str, token_set: str) -> tuple[jax.Array, jax.Array, jax.Array]:
     )
 
 
+def logits(module: Any, variables: Any, *tokens: Any) -> jax.Array:
+    """Of a whole forward pass, compiled once for a model and shapes."""
+    return _apply(module, variables, *map(jnp.asarray, tokens))
+
+
 def quick_jit(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     """`jax.jit` that compiles for a short wait: what runs here runs once."""
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
     return jax.jit(function, compiler_options=quick, **options)
+
+
+_apply = quick_jit(lambda module, *given: module.apply(*given), static_argnums=0)
