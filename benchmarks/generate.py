@@ -104,6 +104,13 @@ def model_config(name: str, layers: int | None) -> SwitchConfig:
     config = gin.get_configurable("MODEL/gin.macro")()
     if layers is None:
         return config
+    for stack in configs.STACKS:
+        sparse = configs.sparse_layers(config, stack)
+        if not sparse[0] < layers <= configs.num_layers(config, stack):
+            raise SystemExit(
+                f"--layers={layers}: the {stack} of {name} has {configs.num_layers(config, stack)} "
+                f"layers, the first sparse one is number {sparse[0] + 1}"
+            )
     return dataclasses.replace(
         config,
         num_encoder_layers=layers,
@@ -202,6 +209,8 @@ def memory_table(
     found = json.loads(child(folder, tokens))
     nothing = json.loads(child(None, tokens))
     checkpoint = packed.open_checkpoint(folder)
+    if checkpoint.header.config != config:
+        raise SystemExit(f"{folder} holds another model: give a new folder")
     dense = sum({file.name: file.nbytes for file in checkpoint.params.values()}.values())
     limit = 2 * checkpoint.nbytes + dense
     table = rich.table.Table("", "bytes", title=f"Memory of {folder}, {tokens} tokens")

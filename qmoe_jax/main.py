@@ -40,6 +40,7 @@ RUN_MODES: dict[str, tuple[Callable[..., Any], str | None]] = {
     "inspect": (inspect_checkpoint.inspect_checkpoint, None),
     "train": (train.train, "model_dir"),
 }
+RESUMED = {"infer", "train"}  # go on from what is finished
 INTERRUPTED = 130
 SMALLER = (
     "lower EXPERTS_PER_GROUP if it was solving experts, BATCH_SIZE if it was training, else "
@@ -63,10 +64,10 @@ def run() -> None:
 
 def main(argv: Sequence[str]) -> int:
     """Runs one mode; a user's mistake ends in one line on standard error and exit code 1."""
-    traceback = False
+    traceback, mode = False, ""
     try:
         given = options.parse(argv, RUN_MODES, ROOT, __doc__ or "")
-        traceback = given.traceback
+        traceback, mode = given.traceback, given.run_mode
         function, folder = RUN_MODES[given.run_mode]
         arguments = configure(function, given)
         dry_run = arguments["dry_run"] = given.dry_run or arguments.get("dry_run", False)
@@ -74,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
         if folder and arguments.get(folder) and not dry_run:
             array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
     except KeyboardInterrupt:
-        print("qmoe-jax: interrupted; what was being written is incomplete", file=sys.stderr)
+        left = "the same command goes on" if mode in RESUMED else "what was written is incomplete"
+        print(f"qmoe-jax: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         message = " ".join(str(error).split())

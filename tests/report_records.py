@@ -19,35 +19,7 @@ def synthetic(
     layers = []
     for stack in stacks:
         for layer in range(sparse):
-            share = rng.dirichlet(np.full(experts, 0.5 + 0.1 * layer))
-            tokens = rng.multinomial(1000 * experts, share)
-            tokens[rng.random(experts) < 0.01] = 0
-            weights = experts * 2080 * 6144
-            layers.append(
-                {
-                    "stack": stack,
-                    "layer": 2 * layer + 1,
-                    "tokens": tokens.tolist(),
-                    "hessian_tokens": np.minimum(tokens, 4000).tolist(),
-                    "fallbacks": {
-                        str(expert): "no calibration tokens"
-                        for expert in np.flatnonzero(tokens == 0)
-                    },
-                    "matrices": {
-                        name: {
-                            "error": np.clip(rng.normal(0.15 - 0.03 * n, 0.02, experts), 0, 1)
-                            .round(8)
-                            .tolist(),
-                            "level_counts": [0, 0, 0],
-                            "zeros": int(weights * (0.86 + 0.03 * n + 0.01 * np.sin(layer))),
-                            "weights": weights,
-                            "bits": int(weights * (0.84 - 0.1 * n - 0.03 * np.sin(layer))),
-                        }
-                        for n, name in enumerate(matrices)
-                    },
-                    "seconds": 3000.0 + layer,
-                }
-            )
+            layers.append(_layer(rng, stack, layer, experts, matrices))
     expert_weights = len(layers) * experts * 2 * 2080 * 6144
     return {
         "checkpoint": {
@@ -102,6 +74,35 @@ def synthetic(
             "compression": 19.91,
         },
         "seconds": {"solve": 60_123.4, "Hessians": 22_000.0, "dense part": 9000.5, "losses": 60.0},
+    }
+
+
+def _layer(rng, stack, layer, experts, matrices) -> dict[str, Any]:
+    share = rng.dirichlet(np.full(experts, 0.5 + 0.1 * layer))
+    tokens = rng.multinomial(1000 * experts, share)
+    tokens[rng.random(experts) < 0.01] = 0
+    weights = experts * 2080 * 6144
+    return {
+        "stack": stack,
+        "layer": 2 * layer + 1,
+        "tokens": tokens.tolist(),
+        "hessian_tokens": np.minimum(tokens, 4000).tolist(),
+        "fallbacks": {
+            str(expert): "no calibration tokens" for expert in np.flatnonzero(tokens == 0)
+        },
+        "matrices": {
+            name: {
+                "error": np.clip(rng.normal(0.15 - 0.03 * n, 0.02, experts), 0, 1)
+                .round(8)
+                .tolist(),
+                "level_counts": [0, 0, 0],
+                "zeros": int(weights * (0.86 + 0.03 * n + 0.01 * np.sin(layer))),
+                "weights": weights,
+                "bits": int(weights * (0.84 - 0.1 * n - 0.03 * np.sin(layer))),
+            }
+            for n, name in enumerate(matrices)
+        },
+        "seconds": 3000.0 + layer,
     }
 
 

@@ -149,7 +149,7 @@ LOGITS = jnp.log(jnp.array([[0.5, 0.3, 0.15, 0.05], [0.1, 0.1, 0.2, 0.6]]))
 )
 def test_tokens_are_drawn_as_often_as_they_should(sampling, expected):
     keys = jax.random.split(jax.random.key(0), 20_000)
-    drawn = jax.vmap(lambda key: decoding.choose(LOGITS, sampling, key))(keys)
+    drawn = jax.vmap(lambda key: decoding.choose(LOGITS, decoding.under_jit(sampling), key))(keys)
     counts = np.bincount(np.asarray(drawn[:, 0]), minlength=4) / len(keys)
     expected = np.array(expected) / np.sum(expected)
     np.testing.assert_allclose(counts, expected, atol=0.02)
@@ -167,7 +167,9 @@ def test_ids_outside_of_the_vocabulary_are_refused_at_once():
 
 def test_the_coldest_sampling_is_greedy():
     for sampling in (GREEDY, Sampling(topk=1), Sampling(temperature=1e-6)):
-        assert decoding.choose(LOGITS, sampling, jax.random.key(5)).tolist() == [0, 3]
+        assert decoding.choose(
+            LOGITS, decoding.under_jit(sampling), jax.random.key(5)
+        ).tolist() == [0, 3]
 
 
 @pytest.mark.parametrize(

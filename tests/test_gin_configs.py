@@ -33,7 +33,7 @@ SIZES = {  # model: parameters; capacity factors of training and evaluation, min
 OWN_MODELS = ("switch_demo",)  # not released ones
 REQUIRED = {  # run mode: what its file leaves open
     "compress": {"CHECKPOINT_PATH", "OUTPUT_DIR", "SENTENCEPIECE_MODEL_FILE", "CALIBRATION_FILES"},
-    "eval": {"CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "SENTENCEPIECE_MODEL_FILE", "VALIDATION_FILES"},
+    "eval": {"CHECKPOINT_PATH", "EVAL_OUTPUT_DIR", "VALIDATION_FILES"},
     "export": {"CHECKPOINT_PATH", "OUTPUT_DIR", "EXPORT_FORMAT"},
     "import": {"CHECKPOINT_PATH", "OUTPUT_DIR"},
     "infer": {"CHECKPOINT_PATH", "INFER_OUTPUT_DIR", "PROMPTS"},
@@ -206,6 +206,7 @@ def documented(section: str) -> dict[str, str]:
         ("`eval`", "runs/eval.gin"),
         ("`export`", "runs/export.gin"),
         ("`import`", "runs/import.gin"),
+        ("`infer`", "runs/infer.gin"),
         ("`inspect`", "runs/inspect.gin"),
         ("`train`", "runs/train.gin"),
         ("Model files", "models/switch.gin"),

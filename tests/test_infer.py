@@ -3,13 +3,14 @@
 
 import io
 import json
+import pathlib
 from typing import Any
 
 import pytest
 import rich.console
 
 from qmoe_jax.inference import text_model
-from qmoe_jax.runs import infer
+from qmoe_jax.runs import answer_files, infer
 from qmoe_jax.runs.infer import Decoding
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -67,34 +68,85 @@ def test_scores_and_aux(given, model, tmp_path):
     assert all(line["aux"]["scores"] < 0 and "prediction" in line for line in found)
 
 
-def test_a_stopped_run_goes_on(given, tmp_path, monkeypatch):
-    """Parts that are there are not made again; those of other settings or prompts are."""
-    (tmp_path / "a.txt").write_text("\n".join(LINES))
-    given |= {"prompts": str(tmp_path / "a.txt"), "infer_output_dir": str(tmp_path / "out")}
-    given["decoding"] = Decoding(temperature=1.0)
-    answered = infer._answers
-    calls = []
+def counted(monkeypatch, stop_at=None):
+    """The prompts of each part that is answered; before number `stop_at` the run is stopped."""
+    answered, calls = answer_files._answers, []
 
-    def stops(*arguments):
-        calls.append(arguments)
-        if len(calls) == 2:
+    def counting(model, columns, *rest):
+        if len(calls) == stop_at:
             raise KeyboardInterrupt
-        return answered(*arguments)
+        calls.append(len(columns[0]))
+        return answered(model, columns, *rest)
 
-    monkeypatch.setattr(infer, "_answers", stops)
-    with pytest.raises(KeyboardInterrupt):
+    monkeypatch.setattr(answer_files, "_answers", counting)
+    return calls
+
+
+def stopped(given, monkeypatch, after):
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        counted(context, stop_at=after)
         infer.infer(**given)
-    assert not (tmp_path / "out" / "a-predict.jsonl-00000-of-00001").exists()
-    infer.infer(**given)
-    assert len(calls) == 3  # of two parts
-    resumed = (tmp_path / "out" / "a-predict.jsonl-00000-of-00001").read_bytes()
-    infer.infer(**given | {"infer_output_dir": str(tmp_path / "whole")})
-    assert len(calls) == 5
-    assert (tmp_path / "whole" / "a-predict.jsonl-00000-of-00001").read_bytes() == resumed
+
+
+@pytest.fixture
+def two_files(given, tmp_path):
+    """A part and a half of each; tokens are drawn."""
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("\n".join(f"{name} {line}" for line in LINES[:6]))
+    files = [str(tmp_path / f"{name}.txt") for name in "ab"]
+    out = {"infer_output_dir": str(tmp_path / "out"), "decoding": Decoding(temperature=1.0)}
+    return given | out | {"prompts": files}
+
+
+def test_a_stopped_run_goes_on(two_files, tmp_path, monkeypatch):
+    """No part is made again, in whichever file it was stopped; the files are as in one go."""
+    stopped(two_files, monkeypatch, after=3)
+    assert not list((tmp_path / "out").glob("*.jsonl-00000-of-00001"))
+    calls = counted(monkeypatch)
+    infer.infer(**two_files)
+    assert calls == [2]
+    infer.infer(**two_files | {"infer_output_dir": str(tmp_path / "whole")})
+    names = ["a-predict.jsonl-00000-of-00001", "b-predict.jsonl-00000-of-00001", "model-info.txt"]
+    for folder in ("out", "whole"):
+        assert sorted(file.name for file in (tmp_path / folder).iterdir()) == names
+    for name in names:
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"seed": 1},
+        {"decoding": Decoding(temperature=0.5)},
+        {"task_feature_lengths": {"inputs": 40, "targets": 4}},
+        {"batch_size": 4, "checkpoint_period": 1},
+        {"sentencepiece_model_file": "another"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_parts_of_other_settings_are_not_taken(changed, two_files, tmp_path, monkeypatch):
+    stopped(two_files, monkeypatch, after=1)
+    if "sentencepiece_model_file" in changed:  # the same pieces, but for one
+        model = pathlib.Path(two_files["sentencepiece_model_file"]).read_bytes()
+        (tmp_path / "other.model").write_bytes(model.replace(b"return", b"nruter"))
+        changed = {"sentencepiece_model_file": str(tmp_path / "other.model")}
+    calls = counted(monkeypatch)
+    infer.infer(**two_files | changed)
+    assert calls == [4, 2, 4, 2]
+
+
+def test_parts_of_other_prompts_are_not_taken(two_files, tmp_path, monkeypatch):
+    stopped(two_files, monkeypatch, after=3)
+    (tmp_path / "a.txt").write_text("\n".join([*LINES[:4], "a last one"]))
+    calls = counted(monkeypatch)
+    infer.infer(**two_files)
+    assert calls == [4, 1, 2]  # of b one part is there
+    found = read(tmp_path / "out" / "a-predict.jsonl-00000-of-00001")
+    assert [line["inputs"]["inputs_pretokenized"] for line in found] == [*LINES[:4], "a last one"]
 
 
 def test_without_a_folder_lines_go_to_standard_output(given, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("one <extra_id_0>\n\ntwo\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"one <extra_id_0>\n\ntwo\n")))
     infer.infer(prompts="-", **given)
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["inputs"]["inputs_pretokenized"] for line in found] == ["one <extra_id_0>", "two"]
@@ -107,9 +159,15 @@ def test_without_a_folder_lines_go_to_standard_output(given, tmp_path, capsys, m
         ({"batch_size": 0}, "BATCH_SIZE is 0"),
         ({"task_feature_lengths": {"input": 3}}, "TASK_FEATURE_LENGTHS is"),
         ({"decoding": Decoding(num_decodes=2, temperature=0.5)}, "beams are not drawn"),
+        ({"decoding": Decoding(num_decodes=2, topk=3)}, "beams are not drawn"),
+        ({"seed": 1 << 70}, "SEED is 1180591620717411303424; expected 0 to 4294967295"),
+        ({"extra_ids": 5, "sentencepiece_model_file": None}, "EXTRA_IDS is 5, but"),
+        ({"infer_output_dir": ""}, "'' is no folder"),
+        ({"infer_output_dir": __file__}, r"test_infer\.py' is no folder"),
+        ({"prompts": "task:c4"}, "tasks of SeqIO are not read"),
         ({"decoding": Decoding(topk=3)}, "set TEMPERATURE"),
         ({"decoding": Decoding(temperature=1.0, topk=3, topp=0.5)}, "give one of them"),
-        ({"num_expert_partitions": 0}, "NUM_EXPERT_PARTITIONS is 0; expected 1 to"),
+        ({"num_expert_partitions": 0}, "NUM_EXPERT_PARTITIONS is 0; expected one that"),
         ({"implementation": "triton"}, "IMPLEMENTATION is 'triton', whose kernels need"),
         ({"sentencepiece_model_file": None}, "holds no sentencepiece.model"),
         ({"checkpoint_path": "/nowhere/checkpoint_1"}, "/nowhere/checkpoint_1"),
@@ -118,8 +176,9 @@ def test_without_a_folder_lines_go_to_standard_output(given, tmp_path, capsys, m
 def test_what_cannot_be_is_said_before_anything_is_written(given, tmp_path, changed, message):
     (tmp_path / "a.txt").write_text("x")
     given |= {"prompts": str(tmp_path / "a.txt"), "infer_output_dir": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match=message):
-        infer.infer(**given | changed)
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=message):
+            infer.infer(**given | changed, dry_run=dry_run)
     with pytest.raises(ValueError, match="files with different names"):
         infer.infer(**given | {"prompts": [str(tmp_path / "a.txt")] * 2})
     assert not (tmp_path / "out").exists()

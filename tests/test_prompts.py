@@ -21,7 +21,7 @@ def test_files_of_every_kind(tmp_path, monkeypatch):
     for name, data in (("b.jsonl", text.encode()), ("c.json.gz", gzip.compress(text.encode()))):
         (tmp_path / name).write_bytes(data)
         assert prompts.read(str(tmp_path / name)) == [Prompt("ä", "b"), Prompt("c")]
-    monkeypatch.setattr("sys.stdin", io.StringIO("x\r\n\ny"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x\r\n\ny")))
     assert prompts.read("-") == [Prompt("x"), Prompt("y")]
 
 
@@ -50,6 +50,14 @@ def test_folders_and_globs(tmp_path):
     assert prompts.files([str(tmp_path / "*.txt"), "-"]) == [expected[1], "-"]
     with pytest.raises(ValueError, match="no text file matches"):
         prompts.files(str(tmp_path / "none.txt"))
+    with pytest.raises(ValueError, match="cannot be read"):
+        prompts.files("http://host/prompts.txt")
+
+
+def test_standard_input_that_is_not_utf8(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"x\n\xff\n")))
+    with pytest.raises(ValueError, match="standard input, line 2 is not UTF-8"):
+        prompts.read("-")
 
 
 def test_names_of_outputs():
@@ -81,7 +89,9 @@ def test_every_row_is_in_one_batch(lengths, batch_size):
     for rows, ids in prompts.batches(columns, batch_size):
         seen += rows
         for array, column in zip(ids, columns, strict=True):
-            assert array.shape[0] == min(batch_size, len(lengths))
+            height = array.shape[0]
+            assert height == batch_size or height.bit_count() == 1  # few shapes
+            assert len(rows) <= height <= batch_size
             assert array.shape[1] % prompts.LENGTH_STEP == 0
             for row, number in zip(array, [*rows, *rows[-1:] * batch_size], strict=False):
                 assert row[row > 0].tolist() == column[number].tolist()

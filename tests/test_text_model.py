@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text in, text out; of a model that T5X wrote, whose weights are random."""
 
+import jax
 import numpy as np
 import pytest
 import tiny_stores
 from tiny_stores import Kind
 
-from qmoe_jax.calibration import tokenizer
+from qmoe_jax.checkpoints import vocabulary
 from qmoe_jax.inference import decoding, prompts, scoring, text_model
 from qmoe_jax.inference.beam_search import Beams, beam_search
 from qmoe_jax.inference.decoding import Sampling
@@ -45,9 +46,11 @@ def test_beams_and_drawn_tokens(model):
 
 
 def test_a_stream_is_the_answer_in_pieces(model):
-    pieces = list(model.stream(PROMPTS[0], length=6))
-    assert "".join(pieces) == model.generate(PROMPTS[0], length=6)
-    assert 1 < len(pieces) <= 6
+    for sampling in (Sampling(temperature=0.0), Sampling()):
+        pieces = list(model.stream(PROMPTS[0], length=6, sampling=sampling, seed=3))
+        whole = model.generate(PROMPTS[0], length=6, decoder=sampling, seed=3)
+        assert "".join(pieces) == whole
+        assert 1 < len(pieces) <= 6
 
 
 def test_gaps_are_filled_in_brackets(model):
@@ -73,6 +76,39 @@ def test_a_checkpoint_with_its_vocabulary_needs_no_other(tmp_path, data_dir):
     tiny_stores.write(store, Kind("qmoe"))
     with pytest.raises(ValueError, match=r"holds no sentencepiece\.model: give SENTENCEPIECE_M"):
         text_model.load(store)
-    (store / tokenizer.FILE).write_bytes((data_dir / "text" / "sentencepiece.model").read_bytes())
+    (store / vocabulary.FILE).write_bytes((data_dir / "text" / "sentencepiece.model").read_bytes())
     with pytest.raises(ValueError, match="the model's embedding has 11 rows"):
         text_model.load(store)  # the vocabulary was found
+    with pytest.raises(ValueError, match="EXTRA_IDS is 10, but SENTENCEPIECE_MODEL_FILE is not"):
+        text_model.load(store, extra_ids=10)
+    with pytest.raises(ValueError, match="/nowhere"):
+        text_model.load("/nowhere/checkpoint_1")
+
+
+def test_what_cannot_be_asked_for(model):
+    with pytest.raises(ValueError, match="BATCH_SIZE"):
+        model.generate(PROMPTS, batch_size=-1)
+    with pytest.raises(ValueError, match="`length` is 0"):
+        model.generate(PROMPTS, length=0)
+    with pytest.raises(ValueError, match="SEED is -1"):
+        model.generate(PROMPTS, seed=-1)
+    with pytest.raises(ValueError, match="surrogates"):
+        model.generate(["\udc80"])
+    with pytest.raises(ValueError, match="lists of texts"):
+        model.score("ab", "cd")
+    assert model.generate([]) == []
+
+
+def test_what_a_machine_cannot_run(model):
+    config = model.model.config
+    for wanted in (0, 3, 1000):
+        with pytest.raises(ValueError, match=f"PARTITIONS is {wanted}; expected one that divides"):
+            text_model.check_machine(config, wanted, "auto", False)
+    with pytest.raises(ValueError, match="IMPLEMENTATION is 'pallas', whose kernels need"):
+        text_model.check_machine(config, 1, "pallas", False)
+
+
+def test_experts_that_are_one_buffer_are_not_divided(model, monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    with pytest.raises(ValueError, match="SIMULATE_DENSE has one buffer"):
+        text_model.check_machine(model.model.config, 2, "auto", True)

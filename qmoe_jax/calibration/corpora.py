@@ -10,6 +10,8 @@ from typing import IO, Any, cast
 import numpy as np
 from etils import epath
 
+from qmoe_jax.calibration import addresses
+
 JSON_SUFFIXES = (".json", ".jsonl")
 SUFFIXES = (".txt", *JSON_SUFFIXES)
 SEQIO_PREFIX = "task:"
@@ -51,7 +53,7 @@ def find_files(name: str) -> list[epath.Path]:
         ValueError: there are none, or a file's suffix is not one of `.txt`, `.json`, `.jsonl`, each
             also with `.gz`.
     """
-    path = epath.Path(name)
+    path = addresses.path(name)
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES)
     elif path.exists():
@@ -93,8 +95,13 @@ def lines(path: epath.Path) -> Iterator[tuple[str, str]]:
     Raises:
         ValueError: a damaged file, or a line that is not UTF-8; names the file and line.
     """
-    for number, raw_line in enumerate(_raw_lines(path), start=1):
-        where = f"{path}, line {number}"
+    yield from decoded(_raw_lines(path), str(path))
+
+
+def decoded(raw_lines: Iterable[bytes], source: str) -> Iterator[tuple[str, str]]:
+    """`lines` of bytes that come from anywhere; errors name `source` and the line."""
+    for number, raw_line in enumerate(raw_lines, start=1):
+        where = f"{source}, line {number}"
         try:
             # Some editors begin a file with a byte order mark, which JSON does not allow.
             line = raw_line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
@@ -109,7 +116,14 @@ def is_json(path: epath.Path) -> bool:
     return _suffix(path) in JSON_SUFFIXES
 
 
-def text_field(line: str, name: str, where: str, *, required: bool = True) -> str | None:
+def text_field(
+    line: str,
+    name: str,
+    where: str,
+    *,
+    required: bool = True,
+    remedy: str = "name the field that holds the text.",
+) -> str | None:
     """The text that field `name` of a line of JSON holds; None where it need not be there.
 
     Raises:
@@ -126,10 +140,7 @@ def text_field(line: str, name: str, where: str, *, required: bool = True) -> st
         return None
     if not isinstance(text, str):
         has = f"fields {sorted(record)}" if isinstance(record, dict) else type(record).__name__
-        raise ValueError(
-            f"{where} has no string field {name!r} (it has {has}): name the field that holds the "
-            "text."
-        )
+        raise ValueError(f"{where} has no string field {name!r} (it has {has}): {remedy}")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON's escapes can spell half a surrogate pair

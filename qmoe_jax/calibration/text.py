@@ -19,7 +19,7 @@ class Text:
     """The text of a run and how it becomes samples.
 
     Attributes:
-      sentencepiece_model_file: of the model's own vocabulary.
+      sentencepiece_model_file: of the model's own vocabulary; `eval` takes a pack's if it is None.
       files: text or JSON-lines files, folders, globs, `task:NAME` of SeqIO (`corpora.documents`).
       validation_files: text that no sample is calibrated on; None holds samples back from `files`.
         `evaluate` also takes a dict, corpus -> its files.
@@ -29,7 +29,7 @@ class Text:
       seed: of the order of the documents and of the masked spans.
     """
 
-    sentencepiece_model_file: str
+    sentencepiece_model_file: str | None = None
     files: Files = ()
     validation_files: Files | Mapping[str, Files] | None = None
     extra_ids: int | None = None
@@ -47,6 +47,7 @@ class Samples:
     lowest_sentinel_id: int
     calibration: SampleSet | None
     validation: SampleSet | None
+    vocabulary: bytes | None = None  # `Tokenizer.model`
 
 
 def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int) -> Samples:
@@ -80,11 +81,11 @@ def load(text: Text, vocab_size: int, num_calibration: int, num_validation: int)
         validation = None
         if num_validation:
             validation = read(text.validation_files or (), num_validation, _validation_seed(text))
-        return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
+        return Samples(vocabulary.lowest_sentinel_id, calibration, validation, vocabulary.model)
     both = read(text.files, num_calibration + num_validation, text.seed)
     validation = data.stack_samples([both[i] for i in range(num_calibration, len(both))])
     calibration = data.stack_samples([both[i] for i in range(num_calibration)], both.counts)
-    return Samples(vocabulary.lowest_sentinel_id, calibration, validation)
+    return Samples(vocabulary.lowest_sentinel_id, calibration, validation, vocabulary.model)
 
 
 def load_corpora(text: Text, vocab_size: int, num_samples: int) -> dict[str, SampleSet]:

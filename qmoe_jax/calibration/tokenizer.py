@@ -16,7 +16,8 @@ import sentencepiece
 from etils import epath
 from jaxtyping import Int32
 
-FILE = "sentencepiece.model"  # inside of a packed checkpoint
+from qmoe_jax.calibration import addresses
+
 PAD_ID = 0  # of every T5 vocabulary, and the decoder's start
 
 
@@ -41,6 +42,11 @@ class Tokenizer:
         """Ids from here on are sentinels."""
         return self.vocab_size - self.num_sentinels
 
+    @property
+    def model(self) -> bytes:
+        """A SentencePiece model file with these ids, sentinels included."""
+        return self.processor.serialized_model_proto()
+
     def encode(self, text: str) -> Int32[np.ndarray, " tokens"]:
         """Returns the ids of `text`, without EOS. `<extra_id_0>` in it becomes that sentinel."""
         return np.asarray(self.processor.encode(text), np.int32)
@@ -58,18 +64,20 @@ class Tokenizer:
         return self.processor.decode([i if i < self.vocab_size else self.unk_id for i in spoken])
 
 
-def load_tokenizer(path: epath.PathLike, extra_ids: int | None = None) -> Tokenizer:
+def load_tokenizer(path: epath.PathLike | None, extra_ids: int | None = None) -> Tokenizer:
     """Loads a SentencePiece model file.
 
     Args:
-        path: the `.model` file; local, or any address that `etils.epath` reads.
+        path: the `.model` file; local, or any address that `etils.epath` reads. None is refused.
         extra_ids: sentinels to append to a model that holds none; None or 0 for a model that does.
 
     Raises:
         ValueError: no such file, no SentencePiece model, no sentinels (or sentinels twice, or not
             at the end), no EOS, or an id 0 that is not reserved for padding.
     """
-    path = epath.Path(path)
+    if path is None:
+        raise ValueError("SENTENCEPIECE_MODEL_FILE is not set; expected the model's own vocabulary")
+    path = addresses.path(path)
     model = _read(path)
     processor = _processor(model, path)
     sentinels = _sentinel_ids(processor)
@@ -90,15 +98,6 @@ def load_tokenizer(path: epath.PathLike, extra_ids: int | None = None) -> Tokeni
         eos_id=processor.eos_id(),
         unk_id=processor.unk_id(),
     )
-
-
-def model_bytes(path: epath.PathLike, extra_ids: int | None = None) -> bytes:
-    """A SentencePiece model file that needs no `extra_ids` and gives the same ids.
-
-    Raises:
-        ValueError: no such file.
-    """
-    return with_sentinels(_read(epath.Path(path)), extra_ids or 0)
 
 
 def _read(path: epath.Path) -> bytes:

@@ -224,8 +224,10 @@ def local_folder(path: str | os.PathLike[str]) -> pathlib.Path:
     """The path of a folder that is to be written.
 
     Raises:
-      CheckpointError: it is a URL.
+      CheckpointError: it is a URL, no name at all, or a file.
     """
+    if not os.fspath(path) or pathlib.Path(path).is_file():
+        raise CheckpointError(f"{os.fspath(path)!r} is no folder: choose a folder, new or not.")
     if remote.is_url(path):
         raise CheckpointError(
             f"cannot write to {os.fspath(path)}: what is finished is renamed, which object stores "

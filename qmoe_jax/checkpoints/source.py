@@ -117,19 +117,20 @@ def outer_params(source: Source) -> dict[str, np.ndarray]:
 
 def all_params(source: Source) -> dict[str, np.ndarray]:
     """All parameters by their T5X paths, experts dequantized: for models that memory holds."""
+    return {name: array for part in param_parts(source) for name, array in part.items()}
+
+
+def param_parts(source: Source) -> Iterator[dict[str, np.ndarray]]:
+    """`all_params`, at most a layer at a time."""
     config = source.config
-    params = outer_params(source)
+    for paths in dense_reads(config):
+        yield dict(source.read(paths))
     for stack in configs.STACKS:
-        for layer in range(configs.num_layers(config, stack)):
-            prefix = f"{stack}/layers_{layer}/"
-            layer_own = layer_params(source, stack, layer)
-            params |= {prefix + name: array for name, array in layer_own.items()}
-            if layer in configs.sparse_layers(config, stack):
-                groups = list(source.expert_groups(stack, layer, config.num_experts))
-                for name in configs.expert_matrices(config):
-                    stacked = np.concatenate([group.arrays[name] for group in groups])
-                    params[f"{prefix}mlp/expert/{name}/kernel"] = stacked
-    return params
+        for layer in configs.sparse_layers(config, stack):
+            groups = list(source.expert_groups(stack, layer, config.num_experts))
+            for name in configs.expert_matrices(config):
+                stacked = np.concatenate([group.arrays.pop(name) for group in groups])
+                yield {f"{stack}/layers_{layer}/mlp/expert/{name}/kernel": stacked}
 
 
 def dense_reads(config: SwitchConfig) -> Iterator[list[str]]:

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -34,7 +35,7 @@ class Beams:
     alpha: float = 0.6
 
     def __post_init__(self):
-        if self.num_decodes < 1 or not 0 <= self.alpha < math.inf:
+        if operator.index(self.num_decodes) < 1 or not 0 <= self.alpha < math.inf:
             raise ValueError(
                 f"num_decodes {self.num_decodes}, alpha {self.alpha}: expected at least one beam, "
                 "and an alpha that is finite and not negative"

@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,7 +32,8 @@ class Sampling:
     topp: float = 0.0
 
     def __post_init__(self):
-        if not (self.temperature >= 0 and self.topk >= 0 and 0 <= self.topp <= 1):
+        whole = operator.index(self.topk) >= 0  # a TypeError, if it is no integer
+        if not (self.temperature >= 0 and whole and 0 <= self.topp <= 1):
             raise ValueError(
                 f"temperature {self.temperature}, topk {self.topk}, topp {self.topp}: expected "
                 "numbers that are not negative, and topp at most 1"
@@ -49,7 +51,7 @@ GREEDY = Sampling(temperature=0.0)
     meta_fields=("greedy", "topk", "nucleus"),
 )
 @dataclasses.dataclass(frozen=True)
-class _Draw:
+class Draw:
     """`Sampling` under jit: other numbers of the same kind need no other program."""
 
     temperature: Float[Array, ""]
@@ -59,8 +61,9 @@ class _Draw:
     nucleus: bool
 
 
-def _draw(sampling: Sampling) -> _Draw:
-    return _Draw(
+def under_jit(sampling: Sampling) -> Draw:
+    """What of `sampling` the compiled program is made for, and what it is given."""
+    return Draw(
         temperature=jnp.float32(sampling.temperature),
         topp=jnp.float32(sampling.topp),
         greedy=sampling.temperature == 0,
@@ -105,7 +108,7 @@ def generate(
       Tokens, 0 after EOS; the natural logarithm of the probability that the model gives each row.
     """
     state = start(model, encoder_input_tokens, length, key=key)
-    done = _run(model.module, model.variables, state, _draw(sampling), eos_id)
+    done = _run(model.module, model.variables, state, under_jit(sampling), eos_id)
     return np.asarray(done.tokens), np.asarray(done.log_prob)
 
 
@@ -119,7 +122,7 @@ def stream(
     eos_id: int = 1,
 ) -> Iterator[Int32[np.ndarray, " B"]]:
     """Yields the tokens of one position after another as they are decoded; see `generate`."""
-    begun, draw = start(model, encoder_input_tokens, length, key=key), _draw(sampling)
+    begun, draw = start(model, encoder_input_tokens, length, key=key), under_jit(sampling)
 
     def positions(state: Decoded) -> Iterator[Int32[np.ndarray, " B"]]:
         for position in range(length):
@@ -164,7 +167,7 @@ def _start(
 
 @functools.partial(jax.jit, static_argnames=("module", "eos_id"))
 def _run(
-    module: Switch, variables: Mapping[str, Any], state: Decoded, draw: _Draw, eos_id: int
+    module: Switch, variables: Mapping[str, Any], state: Decoded, draw: Draw, eos_id: int
 ) -> Decoded:
     length = state.tokens.shape[1]
     return lax.while_loop(
@@ -175,7 +178,7 @@ def _run(
 
 
 def _step(
-    module: Switch, variables: Mapping[str, Any], state: Decoded, draw: _Draw, eos_id: int
+    module: Switch, variables: Mapping[str, Any], state: Decoded, draw: Draw, eos_id: int
 ) -> Decoded:
     """One token more for every row that has not ended."""
     before = jnp.maximum(state.position - 1, 0)
@@ -186,7 +189,7 @@ def _step(
     )
     logits_BV, cache = found
     key, drawing = jax.random.split(state.key)
-    token_B = _choose(logits_BV, draw, drawing)
+    token_B = choose(logits_BV, draw, drawing)
     log_probs_BV = jax.nn.log_softmax(logits_BV, axis=-1)
     own_B = jnp.take_along_axis(log_probs_BV, token_B[:, None], axis=1)[:, 0]
     token_B = jnp.where(state.ended, 0, token_B)
@@ -204,12 +207,8 @@ def _step(
 _next = jax.jit(_step, static_argnames=("module", "eos_id"), donate_argnames=("state",))
 
 
-def choose(logits_BV: Float[Array, "B V"], sampling: Sampling, key: Array) -> Int32[Array, " B"]:
+def choose(logits_BV: Float[Array, "B V"], draw: Draw, key: Array) -> Int32[Array, " B"]:
     """Draws a token for each row."""
-    return _choose(logits_BV, _draw(sampling), key)
-
-
-def _choose(logits_BV: Float[Array, "B V"], draw: _Draw, key: Array) -> Int32[Array, " B"]:
     if draw.greedy:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = logits_BV / draw.temperature

@@ -58,8 +58,9 @@ def load(
     # What is kept of chunks that several devices share is at most a layer.
     opened = source.open_source(path, memory_budget=sys.maxsize)
     if mesh is None:
-        params = {name: jnp.asarray(array) for name, array in source.all_params(opened).items()}
-        experts = None
+        params, experts = {}, None
+        for part in source.param_parts(opened):
+            params |= jax.tree.map(jnp.asarray, part)
     else:
         params = sharding.dense_params(opened, mesh)
         experts = sharding.sharded_experts(mesh, opened.config)

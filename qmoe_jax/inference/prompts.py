@@ -32,6 +32,11 @@ def files(names: Sequence[str] | str) -> list[str]:
       ValueError: nothing matches, or a file's suffix is not one that `read` knows.
     """
     names = [names] if isinstance(names, str) else names
+    if any(name.startswith(corpora.SEQIO_PREFIX) for name in names):
+        raise ValueError(
+            f"PROMPTS is {list(names)}: tasks of SeqIO are not read, write their examples as JSON "
+            "lines with `inputs` and `targets`"
+        )
     return [
         str(file)
         for name in names
@@ -50,7 +55,8 @@ def read(path: str) -> list[Prompt]:
       ValueError: damaged, or without any prompt; names the file and line.
     """
     if path == STANDARD_INPUT:
-        found = [Prompt(line.strip()) for line in sys.stdin if line.strip()]
+        lines = corpora.decoded(sys.stdin.buffer, "standard input")
+        found = [Prompt(line) for line, _ in lines]
     else:
         file = epath.Path(path)
         json_lines = corpora.is_json(file)
@@ -64,9 +70,11 @@ def read(path: str) -> list[Prompt]:
 
 
 def _from_json(line: str, where: str) -> Prompt:
-    inputs = corpora.text_field(line, "inputs", where)
+    remedy = "expected `inputs` and, for scores, `targets`."
+    inputs = corpora.text_field(line, "inputs", where, remedy=remedy)
+    targets = corpora.text_field(line, "targets", where, required=False, remedy=remedy)
     assert inputs is not None
-    return Prompt(inputs, corpora.text_field(line, "targets", where, required=False))
+    return Prompt(inputs, targets)
 
 
 def name(path: str) -> str:
@@ -86,7 +94,12 @@ def encode(
       texts: `<extra_id_0>` in one stands for that sentinel.
       vocabulary: the model's own.
       max_length: ids of one text, EOS included; longer ones lose their end. None: any.
+
+    Raises:
+      ValueError: a text that is not Unicode.
     """
+    for text in texts:
+        text.encode()  # half a surrogate pair: UnicodeEncodeError, which is a ValueError
     encoded = vocabulary.encode_batch(texts)
     eos = np.array([vocabulary.eos_id], np.int32)
     kept = None if max_length is None else max_length - 1
@@ -101,13 +114,20 @@ def batches(
 
     Args:
       columns: one or several lists of as many rows, such as inputs and targets.
-      batch_size: the last batch is filled up with a row of its own, which a caller leaves out.
+      batch_size: rows at most. A batch is filled up to it, or to a power of two where there are not
+        so many rows at all (few shapes to compile for), with a row of its own, which a caller
+        leaves out.
 
     Yields:
       The numbers of the rows in a batch, and for each column its rows, padded with 0.
+
+    Raises:
+      ValueError: a batch of no rows.
     """
+    if batch_size < 1:
+        raise ValueError(f"`batch_size` (BATCH_SIZE) is {batch_size}; expected 1 or more")
     order = sorted(range(len(columns[0])), key=lambda i: [rows[i].size for rows in columns])
-    height = min(batch_size, len(order))
+    height = min(batch_size, 1 << max(0, len(order) - 1).bit_length())
     for first in range(0, len(order), batch_size):
         chosen = order[first : first + batch_size]
         filled = chosen + chosen[-1:] * (height - len(chosen))

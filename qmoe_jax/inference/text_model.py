@@ -8,13 +8,14 @@ from typing import NamedTuple, overload
 
 import jax
 import numpy as np
-from etils import epath
 from jaxtyping import Array, Float, Int32
 
 from pallas_kernels import implementation as implementations
 from pallas_kernels.implementation import Implementation
 from qmoe_jax.calibration import tokenizer
 from qmoe_jax.calibration.tokenizer import Tokenizer
+from qmoe_jax.checkpoints import source
+from qmoe_jax.checkpoints import vocabulary as vocabulary_files
 from qmoe_jax.inference import beam_search, decoding, prompts, scoring, spans
 from qmoe_jax.inference import load as models
 from qmoe_jax.inference.beam_search import Beams
@@ -23,6 +24,7 @@ from qmoe_jax.inference.model import Model
 from qmoe_jax.inference.sharding import expert_mesh
 from qmoe_jax.inference.simulated_dense import simulated_dense
 from qmoe_jax.models import dtypes
+from qmoe_jax.models.config import SwitchConfig
 
 Decoder = Sampling | Beams
 LENGTH = 114  # of an answer: T5's targets for inputs of 512 tokens
@@ -77,14 +79,16 @@ class TextModel:
           batch_size: prompts at a time.
         """
         if isinstance(prompts, str):
-            return self.generate([prompts], length=length, decoder=decoder, seed=seed)[0]
+            return self.generate(
+                [prompts], length=length, decoder=decoder, seed=seed, batch_size=batch_size
+            )[0]
         answers = [""] * len(prompts)
         for part in answer(
             self,
             encode(self, prompts),
             length=length,
             decoder=decoder,
-            key=jax.random.key(seed),
+            key=random_key(seed),
             batch_size=batch_size,
         ):
             for i, row in zip(part.rows, part.tokens, strict=True):
@@ -95,7 +99,7 @@ class TextModel:
         self, text: str, *, length: int = LENGTH, decoder: Decoder = GREEDY, seed: int = 0
     ) -> str:
         """The text, its gaps (`<extra_id_0>` and so on) filled in brackets; see `generate`."""
-        rows, key = encode(self, [text]), jax.random.key(seed)
+        rows, key = encode(self, [text]), random_key(seed)
         asked = answer(self, rows, length=length, decoder=decoder, key=key, batch_size=1)
         return spans.filled(rows[0], next(asked).tokens[0], self.vocabulary)
 
@@ -111,7 +115,7 @@ class TextModel:
             ids,
             length,
             sampling=sampling,
-            key=jax.random.key(seed),
+            key=jax.random.fold_in(random_key(seed), 0),  # as of the first batch of `answer`
             eos_id=self.vocabulary.eos_id,
         ):
             spoken.append(int(token))
@@ -127,6 +131,8 @@ class TextModel:
         Raises:
           ValueError: not as many targets as inputs.
         """
+        if isinstance(inputs, str) or isinstance(targets, str):
+            raise ValueError("`inputs` and `targets` are lists of texts; got one text")
         if len(inputs) != len(targets):
             raise ValueError(f"{len(inputs)} `inputs` and {len(targets)} `targets`; expected equal")
         scores = np.zeros(len(inputs), np.float32)
@@ -170,28 +176,41 @@ def load(
       ValueError: no vocabulary, that of another model, devices that are not there or do not divide
         the experts; or no checkpoint or a damaged one (CheckpointError).
     """
-    check_devices(num_expert_partitions, implementation)
-    mesh = expert_mesh(num_expert_partitions) if num_expert_partitions > 1 else None
+    config = source.open_source(path).config
+    check_machine(config, num_expert_partitions, implementation, simulate_dense)
     vocabulary = load_vocabulary(path, sentencepiece_model_file, extra_ids)
+    tokenizer.check_fits(vocabulary, config.vocab_size)
+    mesh = expert_mesh(num_expert_partitions) if num_expert_partitions > 1 else None
     dtype = dtypes.activation_dtype(activation_dtype)
     model = models.load(path, dtype=dtype, implementation=implementation, mesh=mesh)
     if simulate_dense:
         model = simulated_dense(model)
-    tokenizer.check_fits(vocabulary, model.config.vocab_size)
     return TextModel(model, vocabulary)
 
 
-def check_devices(num_expert_partitions: int, implementation: Implementation) -> None:
+def check_machine(
+    config: SwitchConfig,
+    num_expert_partitions: int,
+    implementation: Implementation,
+    simulate_dense: bool,
+) -> None:
     """Whether a model can be run so on this machine.
 
     Raises:
-      ValueError: it has not so many devices, or none that these kernels are for.
+      ValueError: it has not so many devices, they do not divide the experts, or none is what these
+        kernels are for; or experts that are no longer there were to be divided.
     """
     there, kind = jax.device_count(), jax.devices()[0].device_kind
-    if not 1 <= num_expert_partitions <= there:
+    wanted, experts = num_expert_partitions, config.num_experts
+    if not 1 <= wanted <= there or experts % wanted:
         raise ValueError(
-            f"NUM_EXPERT_PARTITIONS is {num_expert_partitions}; expected 1 to {there}, the devices "
-            "that are there"
+            f"NUM_EXPERT_PARTITIONS is {wanted}; expected one that divides {experts} experts, from "
+            f"1 to {there}, the devices that are there"
+        )
+    if simulate_dense and wanted > 1:
+        raise ValueError(
+            f"SIMULATE_DENSE has one buffer, not {experts} experts, for NUM_EXPERT_PARTITIONS "
+            f"{wanted} to divide: leave one of them out"
         )
     if not implementations.available(implementation):
         raise ValueError(
@@ -208,17 +227,27 @@ def load_vocabulary(
     """The vocabulary that is named, or else the one inside of the checkpoint at `path`.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is none, or sentinels are to be added to a checkpoint's own.
     """
     if sentencepiece_model_file is not None:
         return tokenizer.load_tokenizer(sentencepiece_model_file, extra_ids)
-    kept = epath.Path(path) / tokenizer.FILE
-    if not kept.exists():
+    if extra_ids:
         raise ValueError(
-            f"{path} holds no {tokenizer.FILE}: give SENTENCEPIECE_MODEL_FILE, the vocabulary that "
-            "the model was trained with"
+            f"EXTRA_IDS is {extra_ids}, but SENTENCEPIECE_MODEL_FILE is not given: a packed "
+            "checkpoint's own vocabulary has all its sentinels"
         )
-    return tokenizer.load_tokenizer(kept)
+    return tokenizer.load_tokenizer(vocabulary_files.kept(path))
+
+
+def random_key(seed: int) -> Array:
+    """The key of random numbers that a seed stands for.
+
+    Raises:
+      ValueError: a seed that there is no key for.
+    """
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"SEED is {seed}; expected 0 to {(1 << 32) - 1}")
+    return jax.random.key(seed)
 
 
 def encode(model: TextModel, texts: Sequence[str]) -> list[Int32[np.ndarray, " _"]]:
@@ -235,7 +264,13 @@ def answer(
     key: Array,
     batch_size: int,
 ) -> Iterator[Answers]:
-    """What the model says to each row of ids, batch by batch, in an order of its own."""
+    """What the model says to each row of ids, batch by batch, in an order of its own.
+
+    Raises:
+      ValueError: answers of no tokens, or batches of no rows.
+    """
+    if length < 1:
+        raise ValueError(f"`length` is {length}; expected 1 token or more")
     eos_id = model.vocabulary.eos_id
     for number, (chosen, (ids,)) in enumerate(prompts.batches([rows], batch_size)):
         if isinstance(decoder, Beams):

@@ -21,7 +21,7 @@ from qmoe_jax import report as reports
 from qmoe_jax.calibration import experts, pipeline, text, walk
 from qmoe_jax.calibration.text import Samples, Text
 from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
-from qmoe_jax.checkpoints import array_files, packed, source
+from qmoe_jax.checkpoints import array_files, packed, source, vocabulary
 from qmoe_jax.checkpoints.packed_manifest import Codec, Header
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
@@ -33,7 +33,7 @@ from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
 from qmoe_jax.report_page import page as report_page
-from qmoe_jax.runs import devices, groups, progress, records, tracks, vocabulary, work
+from qmoe_jax.runs import devices, groups, progress, records, tracks, work
 from qmoe_jax.runs.groups import Formats, HessianTokens, SolvedGroup
 from qmoe_jax.runs.progress import Progress
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
@@ -141,7 +141,7 @@ def compress(
     if quantizer.method == "rtn" and text_options.validation_files is not None:
         wanted = 0  # nothing is calibrated; held-back samples come after as many as ever
     samples = text.load(text_options, vocab_size, wanted, num_validation_samples)
-    report = compress_samples(
+    return compress_samples(
         original,
         samples,
         output_dir,
@@ -153,9 +153,6 @@ def compress(
         dry_run=dry_run,
         console=console,
     )
-    if not dry_run:
-        vocabulary.keep(text_options, pathlib.Path(output_dir))
-    return report
 
 
 def compress_samples(
@@ -190,6 +187,8 @@ def compress_samples(
         return report
     output = pathlib.Path(output_dir)
     packed.create(output, Header(original.config, formats.codec, settings, report.checkpoint))
+    if samples.vocabulary is not None:
+        vocabulary.keep(samples.vocabulary, output)
     followed = tracks.make_tracks(samples, compare_round_to_nearest and quantizer.method != "rtn")
     with (
         progress.showing(_total_work(original.config, followed), console) as shown,

@@ -21,7 +21,7 @@ from qmoe_jax.calibration import data, text
 from qmoe_jax.calibration.data import SampleSet
 from qmoe_jax.calibration.text import Text
 from qmoe_jax.calibration.walk import SampleLosses
-from qmoe_jax.checkpoints import array_files, packed, source
+from qmoe_jax.checkpoints import array_files, packed, source, vocabulary
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.source import Source
@@ -89,7 +89,7 @@ def evaluate(
         (CheckpointError).
     """
     console = console or rich.console.Console()
-    if eval_output_dir and packed.is_packed(array_files.local_folder(eval_output_dir)):
+    if eval_output_dir is not None and packed.is_packed(array_files.local_folder(eval_output_dir)):
         raise ValueError(
             f"EVAL_OUTPUT_DIR {eval_output_dir} is a packed checkpoint, whose config.gin would be "
             "replaced: choose another folder"
@@ -105,6 +105,10 @@ def evaluate(
         original = open_source(original_checkpoint_path)
         _check_original(original, checkpoint)
         passes.insert(0, _Pass(original, None, (ORIGINAL,)))
+    if text_options.sentencepiece_model_file is None:
+        text_options = dataclasses.replace(
+            text_options, sentencepiece_model_file=vocabulary.kept(checkpoint.path)
+        )
     samples = _samples(checkpoint, text_options, num_samples, num_validation_samples)
     console.print(_introduction(passes, samples), soft_wrap=True, markup=False)
     if dry_run:

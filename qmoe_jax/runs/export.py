@@ -21,13 +21,14 @@ from qmoe_jax.checkpoints import (
     t5x_export,
     t5x_msgpack,
     t5x_writer,
+    vocabulary,
 )
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack
-from qmoe_jax.runs import progress, vocabulary
+from qmoe_jax.runs import progress
 from qmoe_jax.runs.progress import Progress
 
 _DRY = "dry run: inputs are sound, nothing was written"

@@ -14,9 +14,10 @@ from qmoe_jax.checkpoints import (
     published,
     published_import,
     remote,
+    vocabulary,
 )
 from qmoe_jax.checkpoints.errors import CheckpointError
-from qmoe_jax.runs import progress, vocabulary
+from qmoe_jax.runs import progress
 
 
 def import_pack(

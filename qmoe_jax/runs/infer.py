@@ -2,39 +2,29 @@
 """Runs a checkpoint, original or packed, on a user's prompts; writes what T5X's infer writes."""
 
 import dataclasses
-import glob
 import hashlib
-import json
 import math
-import os
 import pathlib
-import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import jax
-import numpy as np
 import rich.console
-from jaxtyping import Int32
 
 from pallas_kernels.implementation import Implementation
 from qmoe_jax.calibration import tokenizer
+from qmoe_jax.calibration.tokenizer import Tokenizer
 from qmoe_jax.checkpoints import array_files, packed, source
 from qmoe_jax.inference import prompts as prompt_files
-from qmoe_jax.inference import scoring, text_model
+from qmoe_jax.inference import text_model
 from qmoe_jax.inference.beam_search import Beams
 from qmoe_jax.inference.decoding import Sampling
-from qmoe_jax.inference.prompts import Prompt
-from qmoe_jax.inference.text_model import Decoder, TextModel
+from qmoe_jax.inference.text_model import Decoder
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import SwitchConfig
-from qmoe_jax.runs import progress
-from qmoe_jax.runs.progress import Progress
+from qmoe_jax.runs import answer_files, progress
+from qmoe_jax.runs.answer_files import How, Mode, Task
 
 LENGTHS: Mapping[str, int] = {"inputs": 512, "targets": text_model.LENGTH}
-_MODEL = "model"  # the phase that is timed
-Mode = Literal["predict", "predict_with_aux", "score"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +32,7 @@ class Decoding:
     """How answers are found, by T5X's names.
 
     Attributes:
-      num_decodes: beams; 1 takes or draws one token after another.
+      num_decodes: beams; 1 takes or draws one token after another, where T5X's 1 is one beam.
       alpha: of the beams' brevity penalty.
       temperature: 0 takes the likeliest token; above, tokens are drawn.
       topk: draw from the likeliest so many; 0: from all.
@@ -65,22 +55,13 @@ class Decoding:
             if self.temperature == 0 and (self.topk or self.topp):
                 raise ValueError("TOPK and TOPP are of drawn tokens: set TEMPERATURE, to 1.0 say")
             return Sampling(self.temperature, self.topk, self.topp)
-        if self.temperature:
+        if self.temperature or self.topk or self.topp:
             raise ValueError(
-                f"NUM_DECODES is {self.num_decodes} and TEMPERATURE {self.temperature}: beams are "
-                "not drawn; leave one of them at its default"
+                f"NUM_DECODES is {self.num_decodes}, TEMPERATURE {self.temperature}, TOPK "
+                f"{self.topk}, TOPP {self.topp}: beams are not drawn; leave NUM_DECODES or the "
+                "others at their defaults"
             )
         return Beams(self.num_decodes, self.alpha)
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One file of prompts, as ids, and where its answers go."""
-
-    name: str
-    prompts: list[Prompt]
-    columns: list[list[Int32[np.ndarray, " _"]]]  # inputs; of scores, targets too
-    path: pathlib.Path | None
 
 
 def infer(
@@ -135,26 +116,19 @@ def infer(
       ValueError: settings or prompts that cannot be, or a damaged checkpoint (CheckpointError).
     """
     console = console or rich.console.Console(stderr=infer_output_dir is None)
+    lengths = _checked_lengths(task_feature_lengths)
     decoder = decoding.decoder()
-    lengths = dict(LENGTHS) | dict(task_feature_lengths)
+    text_model.random_key(seed)
     for name, number in (("BATCH_SIZE", batch_size), ("CHECKPOINT_PERIOD", checkpoint_period)):
         if number < 1:
             raise ValueError(f"{name} is {number}; expected 1 or more")
-    if set(lengths) != {"inputs", "targets"} or min(lengths.values()) < 2:
-        raise ValueError(
-            f"TASK_FEATURE_LENGTHS is {lengths}; expected `inputs` and `targets` of 2 up"
-        )
-    text_model.check_devices(num_expert_partitions, implementation)
     checkpoint = source.open_source(checkpoint_path)
+    config = checkpoint.config
+    text_model.check_machine(config, num_expert_partitions, implementation, simulate_dense)
     vocabulary = text_model.load_vocabulary(checkpoint_path, sentencepiece_model_file, extra_ids)
-    tokenizer.check_fits(vocabulary, checkpoint.config.vocab_size)
-    output = None if infer_output_dir is None else array_files.local_folder(infer_output_dir)
-    if output is not None and packed.is_packed(output):
-        raise ValueError(f"INFER_OUTPUT_DIR {output} is a packed checkpoint: choose another folder")
-    files = prompt_files.files(prompts)
-    tasks = [_task(file, mode, vocabulary, lengths, output, console) for file in files]
-    if len({task.name for task in tasks}) < len(tasks) or not tasks:
-        raise ValueError(f"PROMPTS is {files}; expected one or more files with different names")
+    tokenizer.check_fits(vocabulary, config.vocab_size)
+    output = None if infer_output_dir is None else _checked_output(infer_output_dir)
+    tasks = _tasks(prompts, mode, vocabulary, lengths, output, console)
     if dry_run:
         console.print("dry run: inputs are sound, nothing was written")
         return
@@ -168,36 +142,57 @@ def infer(
         simulate_dense=simulate_dense,
     )
     console.print(f"{checkpoint.path}: {model.model.nbytes:,} bytes in memory", soft_wrap=True)
-    how = _How(mode, lengths["targets"], decoder, seed, batch_size, checkpoint_period)
     if output is not None:
-        array_files.write_text(output / "model-info.txt", _model_info(checkpoint.config))
-    made_with = _fingerprint(
-        checkpoint.path, how, lengths, extra_ids, activation_dtype, simulate_dense
-    )
+        array_files.write_text(output / "model-info.txt", _model_info(config))
+    asked = (mode, lengths, decoder, seed, batch_size, checkpoint_period)
+    computed = (activation_dtype, implementation, num_expert_partitions, simulate_dense)
+    made_with = _fingerprint(checkpoint_path, vocabulary, asked, computed)
+    how = How(mode, lengths["targets"], decoder, seed, batch_size, checkpoint_period, made_with)
     with progress.showing(float(sum(len(task.prompts) for task in tasks)), console) as shown:
-        tokens = sum(_run_task(model, task, how, made_with, shown) for task in tasks)
+        tokens = answer_files.run(model, tasks, how, shown)
     for task in tasks:
         if task.path is not None:
             console.print(f"{task.path}: {len(task.prompts):,} lines", soft_wrap=True)
-    seconds = shown.seconds.get(_MODEL, 0.0)
+    seconds = shown.seconds.get(answer_files.MODEL_PHASE, 0.0)
     rate = f" ({tokens / seconds:,.0f} a second)" if seconds else ""
     console.print(f"{tokens:,} tokens in {seconds:.1f} s{rate}, compilation included")
 
 
-@dataclasses.dataclass(frozen=True)
-class _How:
-    mode: Mode
-    length: int
-    decoder: Decoder
-    seed: int
-    batch_size: int
-    checkpoint_period: int
+def _checked_lengths(given: Mapping[str, int]) -> dict[str, int]:
+    lengths = dict(LENGTHS) | dict(given)
+    if set(lengths) != set(LENGTHS) or min(lengths.values()) < 2:
+        raise ValueError(
+            f"TASK_FEATURE_LENGTHS is {lengths}; expected `inputs` and `targets` of 2 up"
+        )
+    return lengths
+
+
+def _checked_output(folder: str) -> pathlib.Path:
+    output = array_files.local_folder(folder)
+    if packed.is_packed(output):
+        raise ValueError(f"INFER_OUTPUT_DIR {output} is a packed checkpoint: choose another folder")
+    return output
+
+
+def _tasks(
+    prompts: Sequence[str] | str,
+    mode: Mode,
+    vocabulary: Tokenizer,
+    lengths: Mapping[str, int],
+    output: pathlib.Path | None,
+    console: rich.console.Console,
+) -> list[Task]:
+    files = prompt_files.files(prompts)
+    tasks = [_task(file, mode, vocabulary, lengths, output, console) for file in files]
+    if len({task.name for task in tasks}) < len(tasks) or not tasks:
+        raise ValueError(f"PROMPTS is {files}; expected one or more files with different names")
+    return tasks
 
 
 def _task(
     file: str,
     mode: Mode,
-    vocabulary: tokenizer.Tokenizer,
+    vocabulary: Tokenizer,
     lengths: Mapping[str, int],
     output: pathlib.Path | None,
     console: rich.console.Console,
@@ -223,106 +218,6 @@ def _task(
     return Task(name, found, columns, path)
 
 
-def _run_task(model: TextModel, task: Task, how: _How, made_with: str, shown: Progress) -> int:
-    """Chunk by chunk, each in its own file until all are there; returns how many tokens it took."""
-    total = 0
-    chunk = how.batch_size * how.checkpoint_period
-    parts: list[pathlib.Path] = []
-    for number, first in enumerate(range(0, len(task.prompts), chunk)):
-        rows = slice(first, first + chunk)
-        kept = None
-        if task.path is not None:
-            kept = task.path.with_name(f"{task.path.name}.{made_with}.chunk{number:05}")
-            parts.append(kept)
-        asked = hashlib.sha256(repr(task.prompts[rows]).encode()).hexdigest()
-        if kept is not None and _done(kept, asked):
-            progress.advance(shown, float(len(task.prompts[rows])), task.name, 0, 0.0)
-            continue
-        columns = [column[rows] for column in task.columns]
-        found, tokens = _answers(model, columns, how, number, task.name, shown)
-        total += tokens
-        lines = [
-            _line(prompt, result) for prompt, result in zip(task.prompts[rows], found, strict=True)
-        ]
-        if kept is None:
-            sys.stdout.write("".join(lines))
-            sys.stdout.flush()
-        else:
-            array_files.write_text(kept, f"{asked}\n" + "".join(lines))
-        progress.line(shown, f"{task.name}: {min(first + chunk, len(task.prompts)):,} answers")
-    if task.path is not None:
-        with array_files.replacing(task.path) as merged:
-            for part in parts:
-                merged.write(part.read_bytes().partition(b"\n")[2])
-        # Also those that a stopped run with other settings left.
-        for part in task.path.parent.glob(f"{glob.escape(task.path.name)}.*.chunk*"):
-            part.unlink()
-    return total
-
-
-def _done(part: pathlib.Path, asked: str) -> bool:
-    """Whether a part of an earlier run answers the same prompts."""
-    if not part.exists():
-        return False
-    with part.open() as file:
-        return file.readline().strip() == asked
-
-
-def _answers(
-    model: TextModel,
-    columns: Sequence[Sequence[Int32[np.ndarray, " _"]]],
-    how: _How,
-    chunk: int,
-    name: str,
-    shown: Progress,
-) -> tuple[list[dict[str, Any]], int]:
-    """What is written of each prompt, and how many tokens were made or scored."""
-    results: list[dict[str, Any]] = [{} for _ in columns[0]]
-    total, begun = 0, time.perf_counter()
-    with progress.timed(shown, _MODEL):
-        for rows, found, tokens in _batches(model, columns, how, chunk):
-            for row, result in zip(rows, found, strict=True):
-                results[row] = result
-            spent, begun = time.perf_counter() - begun, time.perf_counter()
-            progress.advance(shown, float(len(rows)), name, tokens, spent)
-            total += tokens
-    return results, total
-
-
-def _batches(
-    model: TextModel, columns: Sequence[Sequence[Int32[np.ndarray, " _"]]], how: _How, chunk: int
-) -> Iterator[tuple[list[int], list[dict[str, Any]], int]]:
-    """Rows, their results, and how many tokens were made or scored."""
-    if how.mode == "score":
-        for rows, ids in prompt_files.batches(columns, how.batch_size):
-            scores = scoring.score(model.model, *ids)[: len(rows)]
-            tokens = sum(columns[1][row].size for row in rows)
-            yield rows, [{"score": float(score)} for score in scores], tokens
-        return
-    for part in text_model.answer(
-        model,
-        columns[0],
-        length=how.length,
-        decoder=how.decoder,
-        key=jax.random.fold_in(jax.random.key(how.seed), chunk),
-        batch_size=how.batch_size,
-    ):
-        results = []
-        for tokens, log_prob in zip(part.tokens, part.log_prob, strict=True):
-            result: dict[str, Any] = {"prediction": model.vocabulary.decode(tokens)}
-            if how.mode == "predict_with_aux":
-                result["aux"] = {"scores": float(log_prob)}
-            results.append(result)
-        yield part.rows, results, int(np.count_nonzero(part.tokens))
-
-
-def _line(prompt: Prompt, result: dict[str, Any]) -> str:
-    inputs = {"inputs_pretokenized": prompt.inputs}
-    if prompt.targets is not None:
-        inputs["targets_pretokenized"] = prompt.targets
-    return json.dumps({"inputs": inputs, **result}) + "\n"
-
-
 def _model_info(config: SwitchConfig) -> str:
     shapes = configs.param_shapes(config)
     lines = [
@@ -333,7 +228,10 @@ def _model_info(config: SwitchConfig) -> str:
     return "".join([*lines, f"Total number of parameters: {total}\n"])
 
 
-def _fingerprint(path: str, *settings: Any) -> str:
-    """Of what decides the answers: parts that other settings made are not taken."""
-    changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
-    return hashlib.sha256(repr((path, changed, settings)).encode()).hexdigest()[:8]
+def _fingerprint(checkpoint_path: str, vocabulary: Tokenizer, *settings: Any) -> str:
+    """Of all that decides the answers: what another model or setting answered is not taken."""
+    folder = pathlib.Path(checkpoint_path)
+    files = sorted(folder.iterdir()) if folder.is_dir() else []  # a URL's are not looked at
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    whole = repr((checkpoint_path, states, settings)).encode() + vocabulary.model
+    return hashlib.sha256(whole).hexdigest()[:8]
