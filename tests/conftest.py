@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Strict JAX settings, one compile cache for all workers, and the fixtures' folder."""
 
+import gc
 import os
 import pathlib
 from collections.abc import Iterator
@@ -24,6 +25,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_programs() -> Iterator[None]:
+    """Forgets compiled programs before Linux refuses a process more memory maps.
+
+    Every program of XLA's CPU backend takes some of the 65,530 maps that a process may have
+    (vm.max_map_count); where they run out, it dies of a segmentation fault.
+    """
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
