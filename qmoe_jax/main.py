@@ -40,7 +40,7 @@ RUN_MODES: dict[str, tuple[Callable[..., Any], str | None]] = {
     "inspect": (inspect_checkpoint.inspect_checkpoint, None),
     "train": (train.train, "model_dir"),
 }
-RESUMED = {"infer", "train"}  # go on from what is finished
+RESUMED = {"compress", "infer", "train"}  # go on from what is finished
 INTERRUPTED = 130
 SMALLER = (
     "lower EXPERTS_PER_GROUP if it was solving experts, BATCH_SIZE if it was training, else "

@@ -192,7 +192,7 @@ def test_finish_refuses_an_incomplete_store(left_out, tmp_path):
     )
     with pytest.raises(CheckpointError, match=message):
         packed.finish(tmp_path / "p")
-    with pytest.raises(CheckpointError, match="its compression did not finish; compress again"):
+    with pytest.raises(CheckpointError, match="it is not finished: the `compress` that began"):
         packed.open_checkpoint(tmp_path / "p")
     commit, *arguments = commits[left_out]
     commit(tmp_path / "p", *arguments)
@@ -255,7 +255,7 @@ def test_open_says_what_is_wrong(tmp_path):
         packed.open_checkpoint(path)
     (path / "manifest.json").unlink()
     assert packed.is_packed(path)
-    with pytest.raises(CheckpointError, match="its compression did not finish"):
+    with pytest.raises(CheckpointError, match="it is not finished"):
         packed.open_checkpoint(path)
 
 

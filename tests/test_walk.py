@@ -105,3 +105,19 @@ def test_standard_error_is_that_of_resampling(samples):
     picks = rng.integers(0, 400, (2000, 400))
     spread = (total[picks].sum(1) / targets[picks].sum(1)).std()
     assert losses.standard_error == pytest.approx(spread, rel=0.1)
+
+
+@pytest.mark.parametrize(("at_input", "when"), [(True, "before"), (False, "in")])
+def test_activations_that_are_not_finite_are_named(samples, at_input, when):
+    config, params = tiny_switch.config("tiny_switch_base"), tiny_switch.params("tiny_switch_base")
+    state = walk.start(params, samples, "encoder", FLOAT32, batch_tokens=128)
+    layer_params = params["encoder"]["layers_0"]
+    if at_input:
+        state.current.data[state.current.offsets[3], 5] = np.nan
+        message = "sample 3 "
+    else:
+        layer_params = jax.tree.map(lambda leaf: leaf * np.float32(1e30), layer_params)
+        message = r"sample \d "
+    block = make_block(config, "encoder", 0, FLOAT32)
+    with pytest.raises(ValueError, match=rf"activations of {message}.* {when} this block's dense"):
+        walk.run_block(block, params, layer_params, state)

@@ -68,6 +68,18 @@ def create(
         raise OSError(error.errno, message) from error
 
 
+def attach(
+    offsets: Int[np.ndarray, " samples_plus_1"], width: int, dtype: np.dtype, file: pathlib.Path
+) -> TokenBuffer:
+    """The buffer that an earlier `create` mapped to `file`, with what was written into it.
+
+    Raises:
+      OSError: the file cannot be read and written.
+      ValueError: it is too short.
+    """
+    return TokenBuffer(np.memmap(file, dtype, "r+", shape=(int(offsets[-1]), width)), offsets)
+
+
 def read_batch(buffer: TokenBuffer, batch: Batch, side: int = 0) -> Shaped[np.ndarray, "B L D"]:
     """The batch's samples, padded with zeros; a fresh array."""
     width = buffer.data.shape[1]

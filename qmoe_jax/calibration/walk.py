@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """All samples through one block at a time: the parts of the model that are no experts.
 
-A walk goes `start`, then for each block `run_block` (and, in a sparse block, the experts:
-`experts.py`) and `advance`, then `finish`; the decoder's walk reads the encoder's result.
-Each batch is computed while the one before it is copied back to the host.
+A walk goes `start` (or `prepare` and `embed`), then for each block `run_block` (and, in a sparse
+block, the experts: `experts.py`) and `advance`, then `finish`; the decoder's walk reads the
+encoder's result. Each batch is computed while the one before it is copied back to the host.
 """
 
 import dataclasses
@@ -75,44 +75,66 @@ class SampleLosses:
         return SampleLosses(self.total - other.total, other.targets)
 
 
-def start(
-    params: Params,
+def prepare(
     samples: SampleSet,
     stack: Stack,
+    width: int,
     dtype: DTypeLike,
     *,
     batch_tokens: int,
     encoded: TokenBuffer | None = None,
     folder: pathlib.Path | None = None,
+    kept: pathlib.Path | None = None,
 ) -> Activations:
-    """Embeds all samples.
+    """Room for the activations of all samples.
 
     Args:
-      params: those outside of the layers, nested.
       samples: the tokens.
       stack: "decoder" needs `encoded`.
+      width: of the residual stream.
       dtype: of the activations and their buffers.
       batch_tokens: padded positions of a batch, about.
       encoded: what `finish` of the encoder gave.
       folder: where the buffers go as memory-mapped files; None keeps them in memory.
+      kept: that of the files which holds `current` already; None makes both anew.
 
     Raises:
-      OSError: the buffers' disk is full.
+      OSError: the buffers' disk is full, or a file is there that is not `kept`.
     """
     lengths, offsets = samples.encoder_lengths[:, None], samples.encoder_offsets
     if stack == "decoder":
         lengths = np.stack([samples.decoder_lengths, samples.encoder_lengths], axis=1)
         offsets = samples.decoder_offsets
-    width = params["token_embedder"]["embedding"].shape[1]
     files = [None, None] if folder is None else [folder / f"{stack}.{half}" for half in "ab"]
-    current, updated = (buffers.create(offsets, width, jnp.dtype(dtype), file) for file in files)
+    if kept == files[1]:
+        files.reverse()
+    current, updated = (
+        buffers.attach(offsets, width, jnp.dtype(dtype), kept)
+        if kept is not None and file == kept
+        else buffers.create(offsets, width, jnp.dtype(dtype), file)
+        for file in files
+    )
     batches = buffers.length_batches(lengths, batch_tokens)
-    activations = Activations(stack, samples, batches, current, updated, encoded)
-    embedding = params["token_embedder"]
-    for batch in batches:
-        tokens = _tokens(activations, batch)[0 if stack == "encoder" else 1]
-        embedded = _embed({"token_embedder": embedding}, tokens, jnp.dtype(dtype))
+    return Activations(stack, samples, batches, current, updated, encoded)
+
+
+def embed(params: Params, activations: Activations) -> None:
+    """Writes the embedded samples into `current`; `params` are those outside of the layers."""
+    embedding = {"token_embedder": params["token_embedder"]}
+    current = activations.current
+    for batch in activations.batches:
+        tokens = _tokens(activations, batch)[0 if activations.stack == "encoder" else 1]
+        embedded = _embed(embedding, tokens, current.data.dtype)
         buffers.write_batch(current, batch, np.asarray(embedded))
+
+
+def start(
+    params: Params, samples: SampleSet, stack: Stack, dtype: DTypeLike, **where: Any
+) -> Activations:
+    """`prepare`, to which `where` goes, and `embed`."""
+    width = params["token_embedder"]["embedding"].shape[1]
+    activations = prepare(samples, stack, width, dtype, **where)
+    embed(params, activations)
     return activations
 
 
@@ -123,6 +145,9 @@ def run_block(
 
     Returns:
       The routes of a sparse block, whose experts have not run yet; None of a dense one.
+
+    Raises:
+      ValueError: an activation is NaN or infinite; names the sample.
     """
     tokens = activations.current.data.shape[0]
     routes = None
@@ -136,10 +161,13 @@ def run_block(
 
     def function(x_BLD, tokens, encoded_BSD):
         bias = bias_HLL(x_BLD.shape[1])
-        return _run_block(block, layer_params, x_BLD, tokens, bias, encoded_BSD)
+        out = _run_block(block, layer_params, x_BLD, tokens, bias, encoded_BSD)
+        return *out, _finite(out[0])
 
-    for batch, (x_BLD, expert_BL, prob_BL) in _batched(function, activations):
+    for batch, (x_BLD, expert_BL, prob_BL, finite) in _batched(function, activations):
         buffers.write_batch(activations.updated, batch, x_BLD)
+        if not finite:
+            _check_finite(activations, batch)
         if routes is not None:
             _scatter(activations, batch, expert_BL, routes.expert)
             _scatter(activations, batch, prob_BL, routes.prob)
@@ -205,6 +233,19 @@ def _tokens(activations: Activations, batch: Batch) -> tuple[Int[np.ndarray, "B 
     )
 
 
+def _check_finite(activations: Activations, batch: Batch) -> None:
+    """Padding, which no token sees, may hold anything."""
+    for sample in batch.samples[batch.samples >= 0]:
+        rows = slice(*activations.updated.offsets[sample : sample + 2])
+        for buffer, when in ((activations.current, "before"), (activations.updated, "in")):
+            if not np.isfinite(buffer.data[rows].astype(np.float32)).all():
+                raise ValueError(
+                    f"activations of sample {sample} become NaN or infinite {when} this block's "
+                    f"dense part, in {buffer.data.dtype.name}: set ACTIVATION_DTYPE='float32' if "
+                    "it is not; else a weight before is too large, and the checkpoint damaged"
+                )
+
+
 def _scatter(activations: Activations, batch: Batch, values_BL, out: np.ndarray) -> None:
     buffers.write_batch(
         TokenBuffer(out[:, None], activations.current.offsets), batch, values_BL[..., None]
@@ -229,6 +270,12 @@ def _run_block(block: Block, layer_params: Params, x_BLD, tokens, bias_HLL, enco
         return out[0].astype(x_BLD.dtype), *out[1:]
     out_BLD = jnp.asarray(block.apply({"params": layer_params}, *arguments))
     return out_BLD.astype(x_BLD.dtype), None, None
+
+
+@jax.jit
+def _finite(x_BLD):
+    """A program of its own, so that it does not change how the block's is fused."""
+    return jnp.all(jnp.isfinite(x_BLD))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

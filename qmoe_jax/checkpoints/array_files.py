@@ -82,12 +82,16 @@ def write_arrays(
             if dtype not in DTYPES:
                 raise ValueError(f"`{key}` has dtype {dtype}; expected one of {', '.join(DTYPES)}")
             handle.write(b"\0" * (-handle.tell() % ALIGNMENT))
-            stored = np.asarray(array, DTYPES[dtype], order="C")
-            data = stored.reshape(-1).view(np.uint8).data
+            data = _data(array)
             entries[key] = ArrayEntry(dtype, array.shape, handle.tell(), zlib.crc32(data))
             handle.write(data)
         nbytes = handle.tell()
     return FileEntry(name, nbytes, entries)
+
+
+def checksum(array: Shaped[np.ndarray, "..."]) -> int:
+    """The CRC-32 that `write_arrays` gives an array."""
+    return zlib.crc32(_data(array))
 
 
 def read_array(folder: pathlib.Path, file: FileEntry, key: str) -> Shaped[np.ndarray, "..."]:
@@ -114,6 +118,11 @@ def read_array(folder: pathlib.Path, file: FileEntry, key: str) -> Shaped[np.nda
             "from a copy or compress again."
         )
     return data.view(DTYPES[entry.dtype]).reshape(entry.shape)
+
+
+def _data(array: np.ndarray) -> memoryview:
+    stored = np.asarray(array, DTYPES[array.dtype.name], order="C")
+    return stored.reshape(-1).view(np.uint8).data
 
 
 def to_json(file: FileEntry) -> dict[str, Any]:
@@ -166,6 +175,19 @@ def append_line(path: pathlib.Path, line: str) -> None:
                 raise
     except OSError as error:
         raise _cannot_write(path, error) from error
+
+
+def drop_cut_line(path: pathlib.Path) -> None:
+    """Takes back a last line that a crash has cut off.
+
+    Raises:
+      OSError: the file cannot be read or written.
+    """
+    with open(path, "r+b") as handle:
+        whole = handle.read().rfind(b"\n") + 1
+        if handle.tell() != whole:
+            handle.truncate(whole)
+            os.fsync(handle.fileno())
 
 
 @contextlib.contextmanager

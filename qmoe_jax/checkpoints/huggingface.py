@@ -192,9 +192,9 @@ def read(checkpoint: HfCheckpoint, names: Sequence[str]) -> dict[str, Shaped[np.
 
 
 def expert_groups(
-    checkpoint: HfCheckpoint, stack: Stack, layer: int, group_size: int
+    checkpoint: HfCheckpoint, stack: Stack, layer: int, group_size: int, start: int = 0
 ) -> Generator[ExpertGroup, None, None]:
-    """Yields the experts of one layer in order, at most `group_size` at a time, `[group, in, out]`.
+    """Yields a layer's experts from `start` on, at most `group_size` at a time, `[group, in, out]`.
 
     Raises:
       CheckpointError: the layer has no experts; a file has been damaged since it was opened.
@@ -205,11 +205,11 @@ def expert_groups(
     prefix, count = f"{stack}/layers_{layer}/mlp/expert", checkpoint.config.num_experts
     matrices = configs.expert_matrices(checkpoint.config)
     stored = {name: _find(checkpoint, f"{prefix}/{name}/kernel") for name in matrices}
-    for start in range(0, count, group_size):
-        stop = min(start + group_size, count)
+    for first in range(start, count, group_size):
+        stop = min(first + group_size, count)
         # Not bound here: the caller alone holds a group, and can free it before the next.
         yield ExpertGroup(
-            start, stop, {name: _read_experts(stored[name], start, stop) for name in matrices}
+            first, stop, {name: _read_experts(stored[name], first, stop) for name in matrices}
         )
 
 

@@ -8,14 +8,15 @@
 
 Every commit is one file, synced to disk before its journal line is. So after a crash the journal
 names whole files only. The manifest holds the header and all entries again, with the checksum of
-the journal; a store without one is unfinished. No pickle: raw arrays and JSON.
+the journal; a store without one is unfinished, and can be taken up again (`reopen`). No pickle: raw
+arrays and JSON.
 
 Arrays of a group are named by matrix and part, as `wi/codes`; `packed_arrays.py` says which.
 """
 
 import json
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -35,13 +36,17 @@ MANIFEST = "manifest.json"
 JOURNAL = "journal.jsonl"
 
 
-def check_free(path: pathlib.Path) -> None:
+def check_free(path: pathlib.Path, beside: Collection[str] = ()) -> None:
     """Checks that a store may be made at `path`: a new folder, or an empty one.
 
+    Args:
+      path: of the store.
+      beside: names that may be there already.
+
     Raises:
-      CheckpointError: the folder holds something, or is none.
+      CheckpointError: the folder holds something else, or is none.
     """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or {p.name for p in path.iterdir()} - {*beside}):
         state = "a finished" if (path / MANIFEST).exists() else "an unfinished"
         known = f"{state} packed checkpoint" if is_packed(path) else "other files"
         raise CheckpointError(
@@ -49,16 +54,43 @@ def check_free(path: pathlib.Path) -> None:
         )
 
 
-def create(path: pathlib.Path, header: Header) -> None:
-    """Starts a store in a new or empty folder.
+def create(path: pathlib.Path, header: Header, beside: Collection[str] = ()) -> None:
+    """Starts a store in a new or empty folder; `beside` as in `check_free`.
 
     Raises:
       CheckpointError: the folder holds something, or cannot be written.
       ValueError: a header that no store can have.
     """
     line = packed_manifest.header_line(header)
-    check_free(path)
+    check_free(path, beside)
     array_files.write_text(path / JOURNAL, f"{line}\n")
+
+
+def reopen(path: pathlib.Path) -> PackedCheckpoint:
+    """Takes up a store where it was left, and drops what no line of its journal names.
+
+    Returns:
+      What is committed; of each layer that can be the first groups only.
+
+    Raises:
+      CheckpointError: the journal or a committed file is damaged.
+    """
+    try:
+        array_files.drop_cut_line(path / JOURNAL)
+        manifest = packed_manifest.from_journal((path / JOURNAL).read_bytes())
+        checkpoint = packed_manifest.parse(path, manifest, complete=False)
+    except CheckpointError:
+        raise
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path / JOURNAL} is damaged ({error}): the compression cannot go on; remove {path} "
+            "and start it again."
+        ) from error
+    _check_files(checkpoint)
+    for file in (*path.glob("params/*"), *path.glob("experts/*")):
+        if file.relative_to(path).as_posix() not in checkpoint.files:
+            file.unlink()
+    return checkpoint
 
 
 def commit_params(
@@ -132,7 +164,7 @@ def open_checkpoint(path: pathlib.Path) -> PackedCheckpoint:
       CheckpointError: the store is unfinished, of another version, or damaged.
     """
     if not (path / MANIFEST).exists():
-        known = "its compression did not finish; compress again into a new folder."
+        known = "it is not finished: the `compress` that began it goes on if run again."
         unknown = "it is not a packed checkpoint."
         raise CheckpointError(f"{path} has no {MANIFEST}: {known if is_packed(path) else unknown}")
     try:
@@ -164,6 +196,22 @@ def read_params(
     return read
 
 
+def check_params(
+    checkpoint: PackedCheckpoint, params: Mapping[str, Shaped[np.ndarray, "..."]], what: str
+) -> None:
+    """Checks by their checksums that `params` are what is stored under their names.
+
+    Raises:
+      CheckpointError: they are not; `what` says whence they come.
+    """
+    for name, array in params.items():
+        if array_files.checksum(array) != checkpoint.params[name].arrays[name].crc32:
+            raise CheckpointError(
+                f"{what}: `{name}` is not what {checkpoint.path} was begun with: give the "
+                "checkpoint that it was, or choose another OUTPUT_DIR"
+            )
+
+
 def read_group(checkpoint: PackedCheckpoint, group: GroupEntry) -> dict[str, Experts]:
     """The matrices of one committed group, checked so that a kernel can rely on them.
 
@@ -187,15 +235,16 @@ def read_group(checkpoint: PackedCheckpoint, group: GroupEntry) -> dict[str, Exp
 
 
 def read_groups(
-    checkpoint: PackedCheckpoint, stack: Stack, layer: int
+    checkpoint: PackedCheckpoint, stack: Stack, layer: int, start: int = 0
 ) -> Iterator[tuple[GroupEntry, dict[str, Experts]]]:
-    """All groups of one layer in expert order; see `read_group`.
+    """The groups of one layer in expert order, from that of expert `start` on; see `read_group`.
 
     Raises:
       ValueError: a layer without experts.
     """
     for group in _layer_groups(checkpoint, stack, layer):
-        yield group, read_group(checkpoint, group)
+        if group.stop > start:
+            yield group, read_group(checkpoint, group)
 
 
 def _layer_groups(checkpoint: PackedCheckpoint, stack: Stack, layer: int) -> tuple[GroupEntry, ...]:

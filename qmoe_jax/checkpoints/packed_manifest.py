@@ -102,8 +102,13 @@ def from_journal(journal: bytes) -> dict[str, Any]:
     return {**header, "journal_crc32": zlib.crc32(journal), "entries": entries}
 
 
-def parse(path: pathlib.Path, manifest: Any) -> PackedCheckpoint:
+def parse(path: pathlib.Path, manifest: Any, *, complete: bool = True) -> PackedCheckpoint:
     """The store at `path` as its manifest describes it.
+
+    Args:
+      path: of the store.
+      manifest: JSON values.
+      complete: whether all of the model must be there; else each layer's first experts may be.
 
     Raises:
       CheckpointError: not a manifest, or one of another version.
@@ -121,8 +126,8 @@ def parse(path: pathlib.Path, manifest: Any) -> PackedCheckpoint:
         raise ValueError("its checksum does not match its records")
     header = _header(manifest)
     params, groups = _entries(entries)
-    _check_params(header.config, params)
-    _check_groups(header, groups)
+    _check_params(header.config, params, complete)
+    _check_groups(header, groups, complete)
     return PackedCheckpoint(path, header, params, groups)
 
 
@@ -224,20 +229,23 @@ def _entries(entries: list[Any]) -> tuple[dict[str, FileEntry], dict[tuple[str, 
     return params, ordered
 
 
-def _check_params(config: SwitchConfig, params: dict[str, FileEntry]) -> None:
+def _check_params(config: SwitchConfig, params: dict[str, FileEntry], complete: bool) -> None:
     """Every parameter that is not an expert's is there, in its shape, and no other."""
     shapes = configs.param_shapes(config)
     expected = {name: shape for name, shape in shapes.items() if "/mlp/expert/" not in name}
     if unknown := params.keys() - expected.keys():
         raise ValueError(f"parameter `{min(unknown)}` is not one of the model's")
-    for name, shape in expected.items():
+    for name in expected if complete else params:
+        shape = expected[name]
         entry = params[name].arrays[name] if name in params else None
         if entry is None or entry.shape != shape or entry.dtype not in packed_arrays.FLOATS:
             found = "nothing" if entry is None else f"{entry.dtype} of shape {entry.shape}"
             raise ValueError(f"parameter `{name}`: expected floats of shape {shape}, found {found}")
 
 
-def _check_groups(header: Header, groups: dict[tuple[str, int], tuple[GroupEntry, ...]]) -> None:
+def _check_groups(
+    header: Header, groups: dict[tuple[str, int], tuple[GroupEntry, ...]], complete: bool
+) -> None:
     """Every expert is there once, with all its arrays, and no other."""
     config = header.config
     places = [(s, layer) for s in configs.STACKS for layer in configs.sparse_layers(config, s)]
@@ -253,7 +261,7 @@ def _check_groups(header: Header, groups: dict[tuple[str, int], tuple[GroupEntry
                 )
             _check_arrays(header, group)
             at = group.stop
-        if at != config.num_experts:
+        if at > config.num_experts or (complete and at < config.num_experts):
             raise ValueError(f"{stack}/layers_{layer} has {at} experts, not {config.num_experts}")
 
 

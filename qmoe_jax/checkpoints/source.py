@@ -6,6 +6,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +25,24 @@ from qmoe_jax.models.config import Stack, SwitchConfig
 _GROUP_BYTES = 256 << 20  # of dense experts at a time
 
 
+@runtime_checkable  # type hints are checked in the tests
+class ExpertGroups(Protocol):
+    """The experts of one layer from `start` on, in order, as groups of at most `group_size`.
+
+    A group is dense matrices `[group, in, out]` named `wi`, `wo`, ...; none reaches from one group
+    of a packed store into the next.
+    """
+
+    def __call__(
+        self, stack: Stack, layer: int, group_size: int, start: int = 0
+    ) -> Iterator[ExpertGroup]: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Source:
     """An opened checkpoint; nothing but its index has been read.
 
     `read(names)` returns parameters by their T5X paths, in the stored dtype.
-    `expert_groups(stack, layer, group_size)` yields the experts of one layer in order, as groups
-    of dense matrices `[group, in, out]` named `wi`, `wo`, ...; none reaches from one group of a
-    packed store into the next.
     """
 
     path: str
@@ -40,7 +51,7 @@ class Source:
     step: int | None
     nbytes: int  # of all parameters as stored
     read: Callable[[Sequence[str]], Mapping[str, Shaped[np.ndarray, "..."]]]
-    expert_groups: Callable[[Stack, int, int], Iterator[ExpertGroup]]
+    expert_groups: ExpertGroups
 
 
 def open_source(
@@ -80,7 +91,9 @@ def _t5x_source(
     config = configs.config_from_shapes(t5x.shapes(checkpoint))
     t5x.open_arrays(checkpoint, list(checkpoint.leaves))  # a missing array shows now, not in hours
 
-    def expert_groups(stack: Stack, layer: int, group_size: int) -> Iterator[ExpertGroup]:
+    def expert_groups(
+        stack: Stack, layer: int, group_size: int, start: int = 0
+    ) -> Iterator[ExpertGroup]:
         prefix = f"{stack}/layers_{layer}/mlp/expert"
         names = {f"{prefix}/{name}/kernel": name for name in configs.expert_matrices(config)}
         for group in t5x_experts.expert_groups(
@@ -89,6 +102,7 @@ def _t5x_source(
             group_size,
             memory_budget=memory_budget,
             scratch_dir=scratch_dir,
+            start=start,
         ):
             arrays = {names[path]: array for path, array in group.arrays.items()}
             yield dataclasses.replace(group, arrays=arrays)
@@ -203,10 +217,10 @@ def _huggingface_source(checkpoint: huggingface.HfCheckpoint) -> Source:
 
 def _packed_source(checkpoint: PackedCheckpoint) -> Source:
     def expert_groups(
-        stack: Stack, layer: int, group_size: int
+        stack: Stack, layer: int, group_size: int, start: int = 0
     ) -> Generator[ExpertGroup, None, None]:
-        for group, experts in packed.read_groups(checkpoint, stack, layer):
-            yield from dequantized(group.start, experts, group_size)
+        for group, experts in packed.read_groups(checkpoint, stack, layer, start):
+            yield from dequantized(group.start, experts, group_size, max(0, start - group.start))
 
     return Source(
         path=str(checkpoint.path),
@@ -220,11 +234,14 @@ def _packed_source(checkpoint: PackedCheckpoint) -> Source:
 
 
 def dequantized(
-    start: int, experts: Mapping[str, packed.Experts], group_size: int
+    start: int, experts: Mapping[str, packed.Experts], group_size: int, skipped: int = 0
 ) -> Iterator[ExpertGroup]:
-    """One group of a packed store, whose first expert is `start`, in parts of dense matrices."""
+    """One group of a packed store in parts of dense matrices, the first `skipped` left out.
+
+    `start` is the number of the group's first expert.
+    """
     count = experts["wo"].shape[0]
-    for first in range(0, count, group_size):
+    for first in range(skipped, count, group_size):
         size = min(group_size, count - first)
         arrays = {name: dense_kernel(record, first, size) for name, record in experts.items()}
         yield ExpertGroup(start + first, start + first + size, arrays)

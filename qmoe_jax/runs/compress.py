@@ -5,37 +5,38 @@ The calibration samples go through the compressed model as it comes into being, 
 is calibrated on the errors of those before it. The validation samples go through several versions
 of the model side by side (the original, the compressed one, round-to-nearest if asked) while a
 group's original weights are on the device: all losses from one read of the checkpoint.
+
+Whatever stops a run, the same command goes on after the last group of experts that was committed
+(`resume.py`), and ends with the same bytes.
 """
 
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import rich.console
 
 from qmoe_jax import report as reports
-from qmoe_jax.calibration import experts, pipeline, text, walk
+from qmoe_jax.calibration import text, walk
 from qmoe_jax.calibration.text import Samples, Text
 from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
 from qmoe_jax.checkpoints import array_files, packed, source, vocabulary
 from qmoe_jax.checkpoints.packed_manifest import Codec, Header
 from qmoe_jax.checkpoints.source import Source
-from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models import config as configs
 from qmoe_jax.models import dtypes
-from qmoe_jax.models.block import Block, make_block
+from qmoe_jax.models.block import make_block
 from qmoe_jax.models.config import STACKS, Stack
-from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
 from qmoe_jax.report_page import page as report_page
-from qmoe_jax.runs import devices, groups, progress, records, tracks, work
-from qmoe_jax.runs.groups import Formats, HessianTokens, SolvedGroup
-from qmoe_jax.runs.progress import Progress
+from qmoe_jax.runs import devices, groups, layer_experts, progress, records, resume, tracks, work
+from qmoe_jax.runs.groups import Formats
+from qmoe_jax.runs.layer_experts import Run
+from qmoe_jax.runs.resume import FinishedBlock
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
 
 
@@ -70,22 +71,6 @@ class Compute:
             raise ValueError(f"READ_BUDGET is {self.read_budget}; expected 0 bytes or more")
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What all steps of one compression share."""
-
-    original: Source
-    output: pathlib.Path
-    quantizer: Quantizer
-    formats: Formats
-    tracks: tuple[Track, ...]
-    keep: Mapping[Stack, np.ndarray | None]  # positions that the Hessians count
-    group_size: int  # experts
-    batch_tokens: int
-    buffer_dir: pathlib.Path | None
-    shown: Progress
-
-
 def compress(
     checkpoint_path: str,
     output_dir: str,
@@ -105,7 +90,8 @@ def compress(
 
     Args:
       checkpoint_path: a T5X checkpoint (T5X: CHECKPOINT_PATH).
-      output_dir: a new folder for the packed checkpoint, its report and its vocabulary.
+      output_dir: a new folder for the packed checkpoint, its report and its vocabulary; or that of
+        the same compression, which was stopped and now goes on.
       text_options: the text and its tokenizer.
       quantizer: method, bits, solver settings.
       compute: device, memory, disk.
@@ -128,7 +114,7 @@ def compress(
         store_dtype=dtypes.float_dtype(store_dtype, "STORE_DTYPE"),
         dtype=dtypes.activation_dtype(compute.activation_dtype),
     )
-    packed.check_free(array_files.local_folder(output_dir))
+    resume.check(array_files.local_folder(output_dir))
     original = source.open_source(
         checkpoint_path,
         memory_budget=compute.read_budget,
@@ -180,36 +166,45 @@ def compress_samples(
         "store_dtype": formats.store_dtype.name,
         "activation_dtype": formats.dtype.name,
     }
+    followed = tracks.make_tracks(samples, compare_round_to_nearest and quantizer.method != "rtn")
     report = records.begin(original, samples, settings)
+    identity = records.identity(report, followed, devices.batch_tokens(compute.batch_tokens))
+    output = pathlib.Path(output_dir)
     console.print(reports.introduction(report), soft_wrap=True)
     if dry_run:
-        console.print("dry run: inputs are sound, nothing was written")
+        begun = resume.check_same(output, identity)
+        left = "; a run that was stopped would go on" if begun else ""
+        console.print(f"dry run: inputs are sound, nothing was written{left}", soft_wrap=True)
         return report
-    output = pathlib.Path(output_dir)
-    packed.create(output, Header(original.config, formats.codec, settings, report.checkpoint))
-    if samples.vocabulary is not None:
-        vocabulary.keep(samples.vocabulary, output)
-    followed = tracks.make_tracks(samples, compare_round_to_nearest and quantizer.method != "rtn")
+    header = Header(original.config, formats.codec, settings, report.checkpoint)
     with (
+        resume.attempt(output, header, identity) as earlier,
+        tracks.kept_buffer_folder(compute.buffer_dir, output) as buffer_dir,
         progress.showing(_total_work(original.config, followed), console) as shown,
-        tracks.buffer_folder(compute.buffer_dir) as buffer_dir,
     ):
+        if samples.vocabulary is not None:
+            vocabulary.keep(samples.vocabulary, output)
+        shown.seconds.update(earlier.seconds)
         run = Run(
             original=original,
             output=output,
+            earlier=earlier,
             quantizer=quantizer,
             formats=formats,
             tracks=followed,
             keep=tracks.kept_positions(samples, quantizer.mask_special_tokens),
             group_size=group_size,
+            halved=[],
             batch_tokens=devices.batch_tokens(compute.batch_tokens),
             buffer_dir=buffer_dir,
             shown=shown,
         )
         layers, losses = compress_blocks(run)
         store = packed.finish(output)
-    report = records.finish(report, layers, losses, store.nbytes, shown)
-    report_page.save(report, output)
+        report = records.finish(report, layers, losses, store.nbytes, shown)
+        report.machine.update(attempts=earlier.attempts + 1, halved_groups=run.halved)
+        report_page.save(report, output)
+        resume.finish(output)
     console.print(reports.summary(report))
     return report
 
@@ -217,20 +212,19 @@ def compress_samples(
 def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, SampleLosses]]:
     """The walk: encoder, then decoder. Returns the sparse layers' records and the losses."""
     config = run.original.config
-    layers: list[LayerRecord] = []
+    layers = {(r.stack, r.layer): r for r in run.earlier.layers}
     read = source.outer_params(run.original)
     source.check_finite(run.original, read)
-    packed.commit_params(run.output, "outer", tracks.as_stored(read, run.formats.store_dtype))
+    _commit_params(run, "outer", tracks.as_stored(read, run.formats.store_dtype))
     outer = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
     followed, encoded, states = run.tracks, {}, {}
     for stack in STACKS:
         states = {}  # frees the encoder's buffers, but for its outputs
-        with progress.timed(run.shown, "dense part"):
-            states = {t.name: _start(run, t, stack, outer[t.version], encoded) for t in followed}
-        for layer in range(configs.num_layers(config, stack)):
+        first, states = begin_stack(run, stack, followed, outer, encoded)
+        for layer in range(first, configs.num_layers(config, stack)):
             states, record = compress_block(run, stack, layer, outer, states)
             if record is not None:
-                layers.append(record)
+                layers[stack, layer] = record
         followed = tracks.followed(run.tracks, states)
         with progress.timed(run.shown, "dense part"):
             for t in followed:
@@ -239,7 +233,35 @@ def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, SampleLosses
         losses = {
             t.version: walk.losses(config, outer[t.version], states[t.name]) for t in followed
         }
-    return layers, losses
+    return list(layers.values()), losses
+
+
+def begin_stack(
+    run: Run, stack: Stack, followed: Iterable[Track], outer: Mapping[Version, Params], encoded
+) -> tuple[int, dict[str, Activations]]:
+    """The first block to walk and its inputs: after the newest finished block, or the embeddings.
+
+    What an earlier attempt left of the activations is checked; where it is damaged or gone, the
+    stack is walked from its start, and what is committed is not solved again.
+    """
+    newest = run.earlier.newest(stack)
+    if newest is not None:
+        try:
+            states = _restore(run, newest, followed, outer, encoded)
+        except (OSError, ValueError) as error:
+            walked = f"walking the {stack} again, without solving what is committed"
+            run.shown.console.print(f"{error}: {walked}", soft_wrap=True)
+        else:
+            layers = configs.num_layers(run.original.config, stack)
+            counts = tracks.num_tokens(run.tracks)
+            solved = any(track.name == CALIBRATION for track in run.tracks)
+            of = run.original.config, stack, range(newest.layer + 1), counts, solved
+            progress.skip(run.shown, work.blocks(*of))
+            where = f"{stack} block {newest.layer + 1} of {layers}"
+            run.shown.console.print(f"going on after {where}", soft_wrap=True)
+            return newest.layer + 1, states
+    with progress.timed(run.shown, "dense part"):
+        return 0, {t.name: _start(run, t, stack, outer[t.version], encoded) for t in followed}
 
 
 def compress_block(
@@ -259,7 +281,9 @@ def compress_block(
     routes: dict[str, Routes] = {}
     with progress.timed(run.shown, "dense part"):
         for t in tracks.followed(run.tracks, states):
-            found = walk.run_block(block, outer[t.version], params[t.version], states[t.name])
+            found = tracks.run_block(
+                t, layer, block, outer[t.version], params[t.version], states[t.name]
+            )
             if found is not None:
                 routes[t.name] = found
     where = f"{stack} block {layer + 1} of {configs.num_layers(config, stack)}"
@@ -268,105 +292,23 @@ def compress_block(
     progress.advance(run.shown, done, where, tokens, time.perf_counter() - begun)
     record = None
     if block.sparse:
-        record = compress_experts(run, block, layer, params, states, routes, where)
+        record = layer_experts.compress_experts(run, block, layer, params, states, routes, where)
     stored = tracks.as_stored(read, run.formats.store_dtype, f"{stack}/layers_{layer}/")
-    packed.commit_params(run.output, f"{stack}.layers_{layer}", stored)
-    progress.line(run.shown, f"{where}: {tokens:,} tokens, {time.perf_counter() - begun:.1f} s")
+    _commit_params(run, f"{stack}.layers_{layer}", stored)
     left = tracks.still_needed(config, stack, layer, states)
-    return {name: walk.advance(state) for name, state in left.items()}, record
+    states = {name: walk.advance(state) for name, state in left.items()}
+    with progress.timed(run.shown, "snapshots"):
+        resume.finish_block(run.output, stack, layer, record, states, run.shown.seconds)
+    progress.line(run.shown, f"{where}: {tokens:,} tokens, {time.perf_counter() - begun:.1f} s")
+    return states, record
 
 
-def compress_experts(
-    run: Run,
-    block: Block,
-    layer: int,
-    params: Mapping[Version, Params],
-    states: Mapping[str, Activations],
-    routes: Mapping[str, Routes],
-    where: str,
-) -> LayerRecord:
-    """All experts of a sparse block, a group at a time; the next one is read meanwhile."""
-    begun = time.perf_counter()
-    assigned = {
-        name: experts.assign(found, block.config.num_experts) for name, found in routes.items()
-    }
-    tokens = _hessian_tokens(run, block, states, routes, assigned)
-    read = run.original.expert_groups(block.stack, layer, run.group_size)
-    followed = tracks.followed(
-        run.tracks, tracks.still_needed(block.config, block.stack, layer, states)
-    )
-
-    def pack(group: ExpertGroup, quantized: Mapping[str, Quantized]) -> SolvedGroup:
-        with progress.timed(run.shown, "pack, beside the rest"):
-            result = groups.pack(run.quantizer, run.formats, group, quantized, tokens)
-            packed.commit_experts(run.output, block.stack, layer, group.start, result.packed)
-            return dataclasses.replace(result, packed={})
-
-    def compress_group(group: ExpertGroup) -> Future[SolvedGroup]:
-        """A function of its own, so that no group is on the device when the next one comes."""
-        started = time.perf_counter()
-        quantized, original, compressed = groups.solve(
-            run.quantizer,
-            run.formats,
-            block,
-            layer,
-            params["compressed"],
-            group,
-            tokens,
-            run.shown,
-        )
-        packing = write(pack, group, quantized)
-        kernels = {"original": original, "compressed": compressed}
-        if "round_to_nearest" in params:
-            kernels["round_to_nearest"] = groups.nearest_kernels(
-                run.quantizer, run.formats, original
-            )
-        with progress.timed(run.shown, "expert forward"):
-            _run_group(followed, block, params, kernels, group, states, routes, assigned)
-        routed = sum(int(a.starts[group.stop] - a.starts[group.start]) for a in assigned.values())
-        done = work.expert_group(block.config, group.stop - group.start, routed, tokens is not None)
-        spent = time.perf_counter() - started
-        progress.advance(run.shown, done, f"{where}, expert {group.stop}", routed, spent)
-        return packing
-
-    with pipeline.read_ahead(read) as ahead, pipeline.write_behind(depth=1) as write:
-        packing = []
-        while (group := _next(ahead, run.shown)) is not None:
-            packing.append(compress_group(group))
-    solved = [future.result() for future in packing]
-    return groups.layer_record(block.stack, layer, solved, time.perf_counter() - begun)
-
-
-def _run_group(followed, block, params, kernels, group, states, routes, assigned) -> None:
-    """Every track's tokens through its version of the group's experts."""
-    for track in followed:
-        experts.run_experts(
-            block,
-            params[track.version],
-            kernels[track.version],
-            group.start,
-            states[track.name].updated,
-            routes[track.name],
-            assigned[track.name],
-        )
-
-
-def _hessian_tokens(run: Run, block: Block, states, routes, assigned) -> HessianTokens | None:
-    if CALIBRATION not in states:
-        return None
-    num_experts = block.config.num_experts
-    counted = experts.assign(routes[CALIBRATION], num_experts, run.keep[block.stack])
-    return HessianTokens(
-        buffer=states[CALIBRATION].updated,
-        counted=counted,
-        cap=experts.token_cap(counted, run.quantizer.token_cap),
-        routed=np.diff(assigned[CALIBRATION].starts).tolist(),
-    )
-
-
-def _next(ahead: Iterator[ExpertGroup], shown: Progress) -> ExpertGroup | None:
-    with progress.timed(shown, "wait for read"):
-        return next(ahead, None)
+def _commit_params(run: Run, name: str, stored: dict[str, np.ndarray]) -> None:
+    """Commits parameters, unless an earlier attempt has: then they must be the same."""
+    if stored.keys() <= run.earlier.store.params.keys():
+        packed.check_params(run.earlier.store, stored, f"CHECKPOINT_PATH {run.original.path}")
+    else:
+        packed.commit_params(run.output, name, stored)
 
 
 def _versions(run: Run) -> set[Version]:
@@ -374,6 +316,7 @@ def _versions(run: Run) -> set[Version]:
 
 
 def _start(run: Run, track: Track, stack: Stack, params: Params, encoded) -> Activations:
+    tracks.remove_buffers(track, stack, run.buffer_dir)
     return tracks.start(
         track,
         stack,
@@ -383,6 +326,27 @@ def _start(run: Run, track: Track, stack: Stack, params: Params, encoded) -> Act
         buffer_dir=run.buffer_dir,
         encoded=encoded.get(track.name),
     )
+
+
+def _restore(
+    run: Run, newest: FinishedBlock, followed: Iterable[Track], outer, encoded
+) -> dict[str, Activations]:
+    """What comes out of a finished block, for those tracks that are still needed after it."""
+    states = {}
+    for track in followed:
+        if track.name in newest.snapshots:
+            width = outer[track.version]["token_embedder"]["embedding"].shape[1]
+            states[track.name] = tracks.restore(
+                track,
+                newest.stack,
+                newest.snapshots[track.name],
+                width,
+                run.formats.dtype,
+                batch_tokens=run.batch_tokens,
+                buffer_dir=run.buffer_dir,
+                encoded=encoded.get(track.name),
+            )
+    return states
 
 
 def _total_work(config, followed: tuple[Track, ...]) -> float:

@@ -102,10 +102,11 @@ def _walk_block(
     params = tracks.on_device(source.layer_params(this.checkpoint, stack, layer))
     routes: dict[str, Routes] = {}
     with progress.timed(this.shown, "dense part"):
-        for name, state in states.items():
-            found = walk.run_block(block, outer, params, state)
+        for track in tracks.followed(this.tracks, states):
+            state = states[track.name]
+            found = tracks.run_block(track, layer, block, outer, params, state)
             if found is not None:
-                routes[name] = found
+                routes[track.name] = found
     counts = tracks.num_tokens(this.tracks)
     where = f"{this.title}{stack} block {layer + 1} of {configs.num_layers(config, stack)}"
     done, tokens = work.dense_part(config, stack, block.sparse, counts), counts[stack]

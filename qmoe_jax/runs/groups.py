@@ -120,14 +120,24 @@ def solve(
       CheckpointError: a weight is not finite, or beyond bfloat16's range.
     """
     with progress.timed(shown, "transfer"):
-        # The group is ours: leave no second copy on the host.
-        original = {name: jnp.asarray(group.arrays.pop(name)) for name in list(group.arrays)}
-        _check_range(block.stack, layer, group, original)
+        original = on_device(block.stack, layer, group)
     if tokens is None:
         quantized = _round_to_nearest(quantizer, formats, original)
     else:
         quantized = _gptq(quantizer, formats, block, layer_params, group, original, tokens, shown)
     return quantized, original, _as_stored(quantized, formats)
+
+
+def on_device(stack: str, layer: int, group: ExpertGroup) -> Kernels:
+    """A group's kernels on the device; its arrays are taken out of it.
+
+    Raises:
+      CheckpointError: a weight is not finite, or beyond bfloat16's range.
+    """
+    # The group is ours: leave no second copy on the host.
+    kernels = {name: jnp.asarray(group.arrays.pop(name)) for name in list(group.arrays)}
+    _check_range(stack, layer, group, kernels)
+    return kernels
 
 
 def pack(

@@ -47,6 +47,12 @@ def advance(progress: Progress, work: float, where: str, tokens: int, seconds: f
     progress.bar.update(progress.task, advance=work, description=where, rate=rate)
 
 
+def skip(progress: Progress, work: float) -> None:
+    """Takes out of the total what an earlier attempt has done."""
+    total = progress.bar.tasks[progress.task].total or 0.0
+    progress.bar.update(progress.task, total=total - work)
+
+
 def line(progress: Progress, text: str) -> None:
     """A finished block, where no bar can be drawn."""
     if not _draws(progress.console):

@@ -3,6 +3,7 @@
 
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from qmoe_jax.models.config import STACKS
 from qmoe_jax.report import LayerRecord, Report
 from qmoe_jax.runs import devices
 from qmoe_jax.runs.progress import Progress
+from qmoe_jax.runs.tracks import Track
 
 
 def begin(original: Source, samples: Samples, settings: dict[str, Any]) -> Report:
@@ -41,6 +43,24 @@ def begin(original: Source, samples: Samples, settings: dict[str, Any]) -> Repor
     sets = {"calibration": samples.calibration, "validation": samples.validation}
     described = {name: _describe(found) for name, found in sets.items() if found is not None}
     return Report(checkpoint, settings, described, machine)
+
+
+def identity(report: Report, tracks: Iterable[Track], batch_tokens: int) -> dict[str, Any]:
+    """What decides every byte of a run's result, by the names that a user knows."""
+    checkpoint, settings = report.checkpoint, report.settings
+    named = ("codec", "store_dtype", "activation_dtype")
+    found = {name.upper(): value for name, value in settings["quantizer"].items()}
+    found |= {name.upper(): settings[name] for name in named}
+    found["BATCH_TOKENS"] = batch_tokens
+    found["CHECKPOINT_PATH"] = ", ".join(
+        f"{checkpoint[name]} {name}" for name in ("format", "step", "bytes", "parameters")
+    )
+    for name, described in report.samples.items():
+        found[f"{name} samples (text, vocabulary, lengths, number, SEED)"] = (
+            f"{described['samples']} with fingerprint {described['fingerprint'][:16]}"
+        )
+    found["versions compared"] = [track.name for track in tracks]
+    return found
 
 
 def finish(

@@ -3,7 +3,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Generator, Iterable, Mapping
 from typing import Literal, TypeAlias
@@ -15,11 +17,13 @@ from qmoe_jax.calibration import data, walk
 from qmoe_jax.calibration.buffers import TokenBuffer
 from qmoe_jax.calibration.data import SampleSet
 from qmoe_jax.calibration.text import Samples
-from qmoe_jax.calibration.walk import Activations, Params
+from qmoe_jax.calibration.walk import Activations, Params, Routes
 from qmoe_jax.checkpoints import array_files
 from qmoe_jax.models import config as configs
+from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
-from qmoe_jax.runs import devices
+from qmoe_jax.runs import devices, snapshots
+from qmoe_jax.runs.snapshots import Snapshot
 
 # The first three of a compression; of an evaluation the original, and the forms of a checkpoint.
 Version: TypeAlias = Literal[
@@ -123,6 +127,79 @@ def buffer_folder(parent: str | None) -> Generator[pathlib.Path | None]:
         yield pathlib.Path(folder)
 
 
+@contextlib.contextmanager
+def kept_buffer_folder(parent: str | None, output: pathlib.Path) -> Generator[pathlib.Path | None]:
+    """A folder for the buffer files of the run that writes to `output`; None: they are in memory.
+
+    It is removed when the block ends well, and else there again in the run's next attempt.
+    """
+    if parent is None:
+        yield None
+        return
+    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    folder = array_files.local_folder(parent).resolve() / f"qmoe_jax-{name}"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def remove_buffers(
+    track: Track,
+    stack: Stack,
+    buffer_dir: pathlib.Path | None,
+    but: pathlib.Path | None = None,
+) -> None:
+    """Removes the buffer files of a track that an earlier attempt left, but for one."""
+    if buffer_dir is not None:
+        for file in (buffer_dir / track.name).glob(f"{stack}.*"):
+            if file != but:
+                file.unlink()
+
+
+def restore(
+    track: Track,
+    stack: Stack,
+    snapshot: Snapshot,
+    width: int,
+    dtype: np.dtype,
+    *,
+    batch_tokens: int,
+    buffer_dir: pathlib.Path | None,
+    encoded: TokenBuffer | None,
+) -> Activations:
+    """A track's activations as they were when the snapshot was taken.
+
+    Raises:
+      CheckpointError: the snapshot is gone or damaged.
+      OSError: the buffers' disk is full.
+    """
+    snapshots.check_size(snapshot)
+    folder = track_folder(track, buffer_dir)
+    kept = snapshot.path if snapshot.path.parent == folder else None
+    remove_buffers(track, stack, buffer_dir, but=kept)
+    state = walk.prepare(
+        track.samples,
+        stack,
+        width,
+        dtype,
+        batch_tokens=batch_tokens,
+        encoded=encoded,
+        folder=folder,
+        kept=kept,
+    )
+    snapshots.load(snapshot, state.current.data)
+    return state
+
+
+def track_folder(track: Track, buffer_dir: pathlib.Path | None) -> pathlib.Path | None:
+    """Where a track's buffer files are, made if need be; None where they stay in memory."""
+    if buffer_dir is None:
+        return None
+    folder = buffer_dir / track.name
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
 def start(
     track: Track,
     stack: Stack,
@@ -138,10 +215,6 @@ def start(
     Raises:
       OSError: the buffers' disk is full.
     """
-    folder = None
-    if buffer_dir:
-        folder = buffer_dir / track.name
-        folder.mkdir(exist_ok=True)
     return walk.start(
         params,
         track.samples,
@@ -149,5 +222,24 @@ def start(
         dtype,
         batch_tokens=batch_tokens,
         encoded=encoded,
-        folder=folder,
+        folder=track_folder(track, buffer_dir),
     )
+
+
+def run_block(
+    track: Track,
+    layer: int,
+    block: Block,
+    params: Params,
+    layer_params: Params,
+    activations: Activations,
+) -> Routes | None:
+    """`walk.run_block`, whose errors say which layer and which samples they are about.
+
+    Raises:
+      ValueError: an activation is NaN or infinite.
+    """
+    try:
+        return walk.run_block(block, params, layer_params, activations)
+    except ValueError as error:
+        raise ValueError(f"{block.stack}/layers_{layer}, {track.name}: {error}") from error

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much arithmetic each step of a run is, so that a progress bar can tell the time left."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from qmoe_jax.models.config import (
     STACKS,
@@ -53,16 +53,27 @@ def solve(config: SwitchConfig, experts: int) -> float:
     return (2.0 * ((_matrices(config) - 1) * F * D * D + D * F * F) + (D**3 + F**3) / 3) * experts
 
 
+def blocks(
+    config: SwitchConfig,
+    stack: Stack,
+    layers: Iterable[int],
+    tokens: Mapping[Stack, int],
+    solved: bool,
+) -> float:
+    """Operations of the walk over some blocks of a stack."""
+    sparse, total = sparse_layers(config, stack), 0.0
+    for layer in layers:
+        total += dense_part(config, stack, layer in sparse, tokens)
+        if layer in sparse:
+            total += expert_group(config, config.num_experts, tokens[stack], solved)
+    return total
+
+
 def whole_run(config: SwitchConfig, tokens: Mapping[Stack, int], solved: bool) -> float:
     """Operations of the walk over all blocks."""
-    total = 0.0
-    for stack in STACKS:
-        sparse = sparse_layers(config, stack)
-        for layer in range(num_layers(config, stack)):
-            total += dense_part(config, stack, layer in sparse, tokens)
-            if layer in sparse:
-                total += expert_group(config, config.num_experts, tokens[stack], solved)
-    return total
+    return sum(
+        blocks(config, stack, range(num_layers(config, stack)), tokens, solved) for stack in STACKS
+    )
 
 
 def _matrices(config: SwitchConfig) -> int:

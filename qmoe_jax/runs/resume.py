@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compression needs to go on after it was stopped, whatever stopped it.
+
+    unfinished/lock       held by the process at work
+    unfinished/run.jsonl  what the run is; then a line for each attempt, group of experts and block
+    unfinished/*.bin      the activations after the newest block, and after the encoder's last
+
+All lies in the folder of the packed checkpoint, until that is finished. Packed experts and
+parameters are in the store's own journal; here are the records that its report is made of, each
+written before what it is about is committed, and the activations that the next block begins with.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from qmoe_jax.calibration.walk import Activations
+from qmoe_jax.checkpoints import array_files, packed
+from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.packed_manifest import Header, PackedCheckpoint
+from qmoe_jax.models.config import STACKS, Stack
+from qmoe_jax.report import LayerRecord, MatrixRecord
+from qmoe_jax.runs import snapshots
+from qmoe_jax.runs.groups import SolvedGroup
+from qmoe_jax.runs.snapshots import Snapshot
+
+FOLDER = "unfinished"
+LOG = "run.jsonl"
+LOCK = "lock"
+
+
+@dataclasses.dataclass(frozen=True)
+class FinishedBlock:
+    """A block whose experts and parameters are committed, and what comes out of it."""
+
+    stack: Stack
+    layer: int
+    record: LayerRecord | None  # of a sparse block
+    snapshots: dict[str, Snapshot]  # by track: the next block's input
+    seconds: dict[str, float]  # by phase, of the run so far
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """In the order of the walk."""
+        return STACKS.index(self.stack), self.layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Earlier:
+    """What earlier attempts left; of a new run, nothing but the store's header."""
+
+    store: PackedCheckpoint  # what is committed
+    groups: dict[tuple[str, int, int], SolvedGroup]  # (stack, layer, first expert)
+    blocks: list[FinishedBlock]  # in order
+    attempts: int
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Of the attempts before, up to the newest block."""
+        return dict(self.blocks[-1].seconds) if self.blocks else {}
+
+    def newest(self, stack: Stack) -> FinishedBlock | None:
+        """The last finished block of a stack."""
+        return next((block for block in reversed(self.blocks) if block.stack == stack), None)
+
+    @property
+    def layers(self) -> list[LayerRecord]:
+        """Of the finished sparse blocks."""
+        return [block.record for block in self.blocks if block.record is not None]
+
+
+def check(output: pathlib.Path) -> None:
+    """Checks that a run may begin or go on in a folder.
+
+    Raises:
+      CheckpointError: it holds something else, or a finished checkpoint.
+    """
+    if not (output / FOLDER / LOG).exists():
+        packed.check_free(output, beside=[FOLDER])
+
+
+def check_same(output: pathlib.Path, identity: Mapping[str, Any]) -> bool:
+    """Whether a run was begun in a folder; it must be the one of this identity.
+
+    Args:
+      output: the folder.
+      identity: all that decides the result, by the names that a user knows.
+
+    Raises:
+      CheckpointError: naming what differs.
+    """
+    file = output / FOLDER / LOG
+    if not file.exists():
+        return False
+    was = _lines(file)[0]["run"]
+    now = json.loads(json.dumps(identity))
+    changed = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if was.get(k) != v]
+    if changed:
+        raise CheckpointError(
+            f"{output} holds an unfinished compression of other settings ({'; '.join(changed)}): "
+            "set them as they were to go on with it, or choose another OUTPUT_DIR"
+        )
+    return True
+
+
+@contextlib.contextmanager
+def attempt(output: pathlib.Path, header: Header, identity: Mapping[str, Any]) -> Iterator[Earlier]:
+    """Begins a run in a folder, or goes on with the one that was begun there.
+
+    Nobody else can do so in the block. `finish` ends the run; until then an attempt may follow.
+
+    Raises:
+      CheckpointError: see `check` and `check_same`; another process is at work there; the folder
+        cannot be written, or what is in it is damaged.
+    """
+    check(output)
+    with _locked(output):
+        file = output / FOLDER / LOG
+        if not check_same(output, identity):
+            array_files.write_text(file, json.dumps({"run": identity}) + "\n")
+        if not (output / packed.JOURNAL).exists():
+            packed.create(output, header, beside=[FOLDER])
+        array_files.drop_cut_line(file)
+        store = packed.reopen(output)
+        if store.header.config != header.config:
+            raise CheckpointError(
+                f"{output} holds an unfinished compression of a model of other sizes: choose "
+                "another OUTPUT_DIR"
+            )
+        earlier = _read(file, store)
+        _append(output, {"attempt": earlier.attempts + 1})
+        yield earlier
+
+
+def log_group(output: pathlib.Path, stack: Stack, layer: int, solved: SolvedGroup) -> None:
+    """Records a group that is about to be committed.
+
+    Raises:
+      CheckpointError: the disk is full or cannot be written.
+    """
+    record = dataclasses.asdict(dataclasses.replace(solved, packed={}))
+    _append(output, {"stack": stack, "layer": layer, "group": record})
+
+
+def finish_block(
+    output: pathlib.Path,
+    stack: Stack,
+    layer: int,
+    record: LayerRecord | None,
+    states: Mapping[str, Activations],
+    seconds: Mapping[str, float],
+) -> None:
+    """Keeps what comes out of a block: a later attempt begins after it.
+
+    Raises:
+      CheckpointError: the disk is full or cannot be written.
+    """
+    folder = output / FOLDER
+    suffix = f"{stack}.layers_{layer}.bin"
+    taken = {
+        name: snapshots.take(state.current.data, folder / f"{name}.{suffix}")
+        for name, state in states.items()
+    }
+    block = FinishedBlock(stack, layer, record, taken, dict(seconds))
+    _append(output, {"block": dataclasses.asdict(block)})
+    for file in folder.glob(f"*.{stack}.layers_*.bin"):
+        if not file.name.endswith(f".{suffix}"):
+            file.unlink()
+
+
+def finish(output: pathlib.Path) -> None:
+    """Removes all this, once the checkpoint is complete and reported."""
+    (output / FOLDER / LOG).unlink()  # what is left then is of no run
+    shutil.rmtree(output / FOLDER)
+
+
+@contextlib.contextmanager
+def _locked(output: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out; the system lets go of the lock when this one ends, in any way."""
+    folder = output / FOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / LOCK, "a+")  # noqa: SIM115, closed below
+    except OSError as error:
+        raise CheckpointError(
+            f"{output} cannot be written ({error.strerror}): choose another OUTPUT_DIR"
+        ) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            handle.seek(0)
+            raise CheckpointError(
+                f"{output} is being written by {handle.read().strip() or 'another process'}: wait "
+                "for it, or choose another OUTPUT_DIR"
+            ) from error
+        handle.truncate(0)
+        handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        handle.flush()
+        yield
+
+
+def _append(output: pathlib.Path, line: dict[str, Any]) -> None:
+    array_files.append_line(output / FOLDER / LOG, json.dumps(line))
+
+
+def _lines(file: pathlib.Path) -> list[dict[str, Any]]:
+    try:
+        whole, _, _ = file.read_bytes().rpartition(b"\n")
+        found = [json.loads(line) for line in whole.splitlines()]
+        if not isinstance(found[0]["run"], dict):
+            raise ValueError("its first line is not what it should be")
+        return found
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: pathlib.Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{file} is damaged ({error}): this compression cannot go on; remove {file.parents[1]} and "
+        "start it again"
+    )
+
+
+def _read(file: pathlib.Path, store: PackedCheckpoint) -> Earlier:
+    groups, blocks, attempts = {}, [], 0
+    try:
+        for line in _lines(file):
+            if "group" in line:
+                solved = _solved_group(line["group"])
+                groups[line["stack"], line["layer"], solved.start] = solved
+            elif "block" in line:
+                block = _finished_block(line["block"])
+                # One that was walked again takes back all that came after it.
+                blocks = [*(b for b in blocks if b.place < block.place), block]
+            attempts = line.get("attempt", attempts)
+        committed = {(*place, group.start) for place, of in store.groups.items() for group in of}
+        if missing := committed - groups.keys():
+            raise ValueError(f"no record of {min(missing)}")
+    except (ValueError, LookupError, TypeError) as error:
+        raise _damaged(file, error) from error
+    return Earlier(store, {key: groups[key] for key in committed}, blocks, attempts)
+
+
+def _solved_group(value: dict[str, Any]) -> SolvedGroup:
+    return SolvedGroup(**{**value, "matrices": _matrices(value)})
+
+
+def _finished_block(value: dict[str, Any]) -> FinishedBlock:
+    record = value["record"]
+    if record is not None:
+        record = LayerRecord(**{**record, "matrices": _matrices(record)})
+    snapshots = {track: Snapshot(**taken) for track, taken in value["snapshots"].items()}
+    return FinishedBlock(**{**value, "record": record, "snapshots": snapshots})
+
+
+def _matrices(value: dict[str, Any]) -> dict[str, MatrixRecord]:
+    return {name: MatrixRecord(**matrix) for name, matrix in value["matrices"].items()}
