@@ -22,7 +22,7 @@ from classic_t5x import (
     write_msgpack,
 )
 
-from qmoe_jax.checkpoints import t5x, t5x_experts
+from qmoe_jax.checkpoints import kvstore, t5x, t5x_experts
 from qmoe_jax.checkpoints.errors import CheckpointError
 
 WI, WO = "encoder/layers_1/mlp/expert/wi/kernel", "encoder/layers_1/mlp/expert/wo/kernel"
@@ -172,6 +172,34 @@ def test_the_budget_bounds_the_chunks_in_flight(budget, at_once, tmp_path, monke
     monkeypatch.setattr(SpiedTarget, "most", 0)
     list(t5x_experts.expert_groups(checkpoint, [WI], 3, memory_budget=budget, scratch_dir=tmp_path))
     assert (SpiedTarget.running, SpiedTarget.most) == (0, at_once)
+
+
+class FlakyTarget:
+    """Stands in for tensorstore's view; its first reads fail as on a network disk."""
+
+    def __init__(self, target, failures):
+        self.target, self.failures = target, failures
+
+    def write(self, source):
+        return self if self.failures and self.failures.pop() else self.target.write(source)
+
+    def result(self):
+        raise ValueError("Error reading local file [os_error_code='5']")
+
+
+def test_reads_that_the_system_fails_are_tried_again(tmp_path, monkeypatch):
+    checkpoint, expected = open_layout(tmp_path, "all experts in every chunk")
+    failures = [True, True, False, True]
+    flaky = types.SimpleNamespace(array=lambda into: FlakyTarget(ts.array(into), failures))
+    monkeypatch.setattr(t5x_experts, "ts", flaky)
+    monkeypatch.setattr(kvstore, "RETRY_SECONDS", (0.0, 0.0))
+    options = {"memory_budget": PLENTY, "scratch_dir": tmp_path}
+    groups = list(t5x_experts.expert_groups(checkpoint, [WI], 3, **options))
+    np.testing.assert_array_equal(np.concatenate([g.arrays[WI] for g in groups]), expected[WI])
+    assert not failures
+    failures += [True] * 9
+    with pytest.raises(CheckpointError, match=rf"cannot read `{WI}` .*Input/output error"):
+        list(t5x_experts.expert_groups(checkpoint, [WI], 3, **options))
 
 
 def test_full_scratch_disk(tmp_path, monkeypatch):

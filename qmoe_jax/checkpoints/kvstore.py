@@ -4,7 +4,9 @@
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import tensorstore as ts
 
@@ -14,6 +16,7 @@ from qmoe_jax.checkpoints.errors import CheckpointError, NoCheckpointError
 # What TensorStore raises when a store cannot be reached or a stored array cannot be decoded.
 FAILURES = (ValueError, RuntimeError, OSError, LookupError, MemoryError)
 _SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")
+RETRY_SECONDS = (0.2, 1.0, 5.0)  # before each new try of a read that the system failed
 _SHOWN = 300  # characters of the beginning, and of the end, of a long reason
 
 
@@ -108,6 +111,24 @@ def open_zarr(store: ts.KvStore, directory: str) -> ts.Future[ts.TensorStore]:
     # A missing chunk must fail: zarr's rule would read it as zeros.
     spec = {"driver": "zarr", "fill_missing_data_reads": False}
     return ts.open(spec, kvstore=store / directory, open=True, read=True)
+
+
+def finished(reading: Any, again: Callable[[], Any]) -> None:
+    """Waits for a read, a future; where the system fails it, as network disks do, it begins anew.
+
+    Raises:
+      Exception: one of `FAILURES`: the last try's, or of damage, which no retry mends.
+    """
+    for wait in RETRY_SECONDS:
+        try:
+            reading.result()
+            return
+        except FAILURES as error:
+            if not _SYSTEM_ERROR.search(str(error)):
+                raise
+        time.sleep(wait)
+        reading = again()
+    reading.result()
 
 
 def reason(error: Exception) -> str:

@@ -8,6 +8,7 @@ for T5X lies one folder deeper, in `state/`; see `t5x_orbax`.
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import pathlib
@@ -247,20 +248,26 @@ def read_many(
       CheckpointError: unknown name; a file missing, damaged or unlike what opening found.
     """
     pending, values = {}, {}
-    for name, array in open_arrays(checkpoint, names).items():
+    arrays = open_arrays(checkpoint, names)
+    for name, array in arrays.items():
         with kvstore.explained(checkpoint.path, name):
             # NumPy says what it cannot allocate; TensorStore would end the process.
             values[name] = np.empty(array.shape, array.dtype.numpy_dtype)
-            pending[name] = ts.array(values[name]).write(array)
+            pending[name] = _write(values[name], array)
     for name in names:
         leaf = checkpoint.leaves[name]
         if leaf.inline is not None:
             values[name] = leaf.inline.copy()
             continue
         with kvstore.explained(checkpoint.path, name):
-            pending[name].result()
+            again = functools.partial(_write, values[name], arrays[name])
+            kvstore.finished(pending[name], again)
         values[name] = values[name].view(leaf.dtype)
     return {name: values[name] for name in names}
+
+
+def _write(into: np.ndarray, array: ts.TensorStore) -> ts.WriteFutures:
+    return ts.array(into).write(array)
 
 
 def read(checkpoint: T5xCheckpoint, name: str) -> Shaped[np.ndarray, "..."]:

@@ -11,6 +11,7 @@ scratch file is written and read, not mapped: a map's pages would count as the p
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import os
@@ -305,19 +306,27 @@ def _chunks(
 ) -> Iterator[np.ndarray]:
     """Reads the chunks of experts [start, stop) to where `room` says, several at a time."""
     assert stack.array is not None
-    stored_dtype = stack.array.dtype.numpy_dtype
-    at_once = max(1, in_flight // max(1, math.prod(stack.chunks) * stored_dtype.itemsize))
+    itemsize = stack.array.dtype.numpy_dtype.itemsize
+    at_once = max(1, in_flight // max(1, math.prod(stack.chunks) * itemsize))
     pending = collections.deque()
+
+    def finish() -> np.ndarray:
+        chunk, box, reading = pending.popleft()
+        kvstore.finished(reading, functools.partial(_begin, stack, chunk, box))
+        return chunk
+
     for box in _boxes(start, stop, stack):
         if len(pending) == at_once:
-            done, reading = pending.popleft()
-            reading.result()
-            yield done
+            yield finish()
         chunk = room(box)
-        pending.append((chunk, ts.array(chunk.view(stored_dtype)).write(stack.array[box])))
-    for done, reading in pending:
-        reading.result()
-        yield done
+        pending.append((chunk, box, _begin(stack, chunk, box)))
+    while pending:
+        yield finish()
+
+
+def _begin(stack: _Stack, chunk: np.ndarray, box: tuple[slice, ...]):
+    assert stack.array is not None
+    return ts.array(chunk.view(stack.array.dtype.numpy_dtype)).write(stack.array[box])
 
 
 def _boxes(start: int, stop: int, stack: _Stack) -> Iterator[tuple[slice, ...]]:
