@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"qmoe-jax: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
-        message = " ".join(str(error).split())
+        message = " ".join("; ".join([str(error), *getattr(error, "__notes__", [])]).split())
         if "RESOURCE_EXHAUSTED" in message:
             message = f"the device is out of memory ({message[:200]}); {SMALLER}"
         elif traceback or isinstance(error, RuntimeError):

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ import rich.table
 
 from qmoe_jax.checkpoints import array_files
 from qmoe_jax.codec import rates
+
+BESIDE = ", beside the rest"  # ends the names of phases that have a thread of their own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,10 +175,18 @@ def _sizes_table(report: Report) -> rich.table.Table:
 
 def _time_table(report: Report) -> rich.table.Table:
     table = rich.table.Table("phase", "seconds", "share", title="Time")
-    total = sum(report.seconds.values())
+    total = main_seconds(report.seconds)
     for phase, seconds in sorted(report.seconds.items(), key=lambda item: -item[1]):
         table.add_row(phase, f"{seconds:.1f}", f"{seconds / max(total, 1e-9):.0%}")
+    if overlap := report.machine.get("overlap"):
+        busy = f"{overlap['busy_fraction']:.0%} of {overlap['seconds']:,.1f} s"
+        table.caption = f"the device was busy for {busy}"
     return table
+
+
+def main_seconds(seconds: Mapping[str, float]) -> float:
+    """Of all phases that do not go on beside others."""
+    return sum(spent for phase, spent in seconds.items() if not phase.endswith(BESIDE))
 
 
 def _warnings(report: Report) -> list[str]:

@@ -73,7 +73,7 @@ def result(output, report):
     files = {
         str(file.relative_to(output)): file.read_bytes()
         for file in sorted(output.rglob("*"))
-        if file.is_file() and file.name not in ("report.json", "report.html")
+        if file.is_file() and file.name not in ("report.json", "report.html", "timeline.json")
     }
     files[packed.JOURNAL] = files[packed.JOURNAL].split(b"\n", 1)[1]  # settings hold folders
     manifest = json.loads(files[packed.MANIFEST])

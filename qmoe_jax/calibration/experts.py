@@ -149,7 +149,9 @@ def run_pieces(buffer: TokenBuffer, routes: Routes, pieces: Iterable[Piece]) -> 
     for rows, size, function in pieces:
         x_ND = jnp.asarray(buffers.read_rows(buffer.data, rows, size))
         prob_N = jnp.asarray(buffers.read_rows(routes.prob, rows, size))
-        running.append((rows, function(x_ND, prob_N)))
+        result = function(x_ND, prob_N)
+        result.copy_to_host_async()
+        running.append((rows, result))
         if len(running) > _RUNNING:
             fetch()
     while running:

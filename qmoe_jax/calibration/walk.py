@@ -210,6 +210,7 @@ def _batched(function, activations: Activations) -> Iterator[tuple[Batch, Any]]:
         if activations.encoded is not None:
             encoded = jnp.asarray(buffers.read_batch(activations.encoded, batch, side=1))
         result = function(x_BLD, _tokens(activations, batch), encoded)
+        jax.tree.map(lambda array: array.copy_to_host_async(), result)
         if running is not None:
             yield running[0], jax.tree.map(np.asarray, running[1])
         running = batch, result

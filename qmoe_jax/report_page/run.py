@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from qmoe_jax.report import bytes_text
+from qmoe_jax.report import bytes_text, main_seconds
 from qmoe_jax.report_page import markup, plots
 from qmoe_jax.report_page.plots import Bar
 
@@ -16,7 +16,7 @@ LIST_ITEMS = 20  # shown of a setting
 
 def time(seconds: Mapping[str, int | float]) -> str:
     """Seconds by phase, as HTML."""
-    total = max(sum(seconds.values()), 1e-9)
+    total = max(main_seconds(seconds), 1e-9)
     rows = [
         Bar(phase, spent, f"{spent:,.1f} s · {spent / total:.0%}")
         for phase, spent in sorted(seconds.items(), key=lambda item: -item[1])
@@ -26,7 +26,9 @@ def time(seconds: Mapping[str, int | float]) -> str:
     said = "; ".join(f"{row.name} {row.note}" for row in rows)
     drawn = plots.bars(f"Time by phase: {said}", rows)
     return markup.figure(
-        "Time by phase", drawn, "Packing goes on beside the other phases; shares are of the sum."
+        "Time by phase",
+        drawn,
+        "Some phases go on beside the others; shares are of what the others take together.",
     )
 
 
@@ -34,7 +36,12 @@ def given(record: Mapping[str, Any]) -> str:
     """Machine and samples, as HTML."""
     machine = dict(record["machine"])
     peak = machine.pop("peak_host_bytes", None)
-    rows = list(machine.items())
+    overlap = machine.pop("overlap", {})
+    rows = [(name.replace("_", " "), value) for name, value in machine.items()]
+    if overlap:
+        rows.append(
+            ("device busy", f"{overlap['busy_fraction']:.0%} of {overlap['seconds']:,.1f} s")
+        )
     if peak is not None:
         rows.append(("most host memory", bytes_text(peak)))
     drawn = markup.figure("Machine", markup.table((), rows, "words"))

@@ -33,7 +33,17 @@ from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
 from qmoe_jax.report_page import page as report_page
-from qmoe_jax.runs import devices, groups, layer_experts, progress, records, resume, tracks, work
+from qmoe_jax.runs import (
+    devices,
+    groups,
+    layer_experts,
+    progress,
+    records,
+    resume,
+    timeline,
+    tracks,
+    work,
+)
 from qmoe_jax.runs.groups import Formats
 from qmoe_jax.runs.layer_experts import Run
 from qmoe_jax.runs.resume import FinishedBlock
@@ -202,7 +212,12 @@ def compress_samples(
         layers, losses = compress_blocks(run)
         store = packed.finish(output)
         report = records.finish(report, layers, losses, store.nbytes, shown)
-        report.machine.update(attempts=earlier.attempts + 1, halved_groups=run.halved)
+        report.machine.update(
+            attempts=earlier.attempts + 1,
+            halved_groups=run.halved,
+            overlap=timeline.overlap(shown.spans),  # of this attempt
+        )
+        timeline.save(shown.spans, output)
         report_page.save(report, output)
         resume.finish(output)
     console.print(reports.summary(report))

@@ -54,6 +54,7 @@ def group_bytes(config: SwitchConfig) -> int:
     weights = D * F * len(expert_matrices(config))
     kept = 13 * weights + 4 * (D * D + F * F)  # original, compressed, nearest, levels; Hessians
     kept += 11 * weights  # of the group before, which is being packed: compressed, levels, words
+    kept += 4 * weights  # of the group after, which is on its way
     # Of the matrix being solved: W, W - Q, Q and the products; H in order, L, M, scaled M.
     return kept + 16 * D * F + 16 * max(D, F) ** 2
 
@@ -134,3 +135,19 @@ def _group_budget() -> int:
 def to_device(array: np.ndarray) -> jax.Array:
     """A copy on the device: later writes into `array` do not show."""
     return jnp.array(array, copy=True)
+
+
+def send_ahead(arrays: dict[str, np.ndarray]) -> None:
+    """Begins to copy arrays to an accelerator, in their place; to a CPU's memory, nothing.
+
+    Where the device has no room for them yet they stay as they are.
+    """
+    if jax.devices()[0].platform == "cpu":
+        return
+    for name in list(arrays):
+        try:
+            arrays[name] = jax.device_put(arrays[name])  # pyright: ignore[reportArgumentType]
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            return

@@ -25,11 +25,12 @@ from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import Stack
 from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.quantization.quantizer import Quantizer
-from qmoe_jax.report import LayerRecord
-from qmoe_jax.runs import groups, progress, resume, tracks, work
+from qmoe_jax.report import BESIDE, LayerRecord
+from qmoe_jax.runs import devices, groups, progress, resume, tracks, work
 from qmoe_jax.runs.groups import Formats, HessianTokens, Kernels, SolvedGroup
 from qmoe_jax.runs.progress import Progress
 from qmoe_jax.runs.resume import Earlier
+from qmoe_jax.runs.timeline import WAITING
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
 
 
@@ -99,15 +100,23 @@ def compress_experts(
     first = solved[-1].stop if solved else 0
     with pipeline.write_behind(depth=1) as write:
         packing: list[Future[SolvedGroup]] = []
-        size = _group_size(run)
-        read = run.original.expert_groups(block.stack, number, size, first)
-        with pipeline.read_ahead(read) as ahead:
-            while (group := _next(ahead, run.shown)) is not None:
+        with pipeline.read_ahead(_read(run, layer, first)) as ahead:
+            while (group := _timed_next(ahead, run.shown, WAITING)) is not None:
                 for part in _parts(group, _group_size(run)):
                     packing += _compress_group(run, layer, part, write)
                 del part  # or it lives on while the next one is waited for
     solved += [future.result() for future in packing]
     return groups.layer_record(block.stack, number, solved, time.perf_counter() - begun)
+
+
+def _read(run: Run, layer: _Layer, first: int) -> Iterator[ExpertGroup]:
+    """The experts from `first` on; on their way to an accelerator when they are handed out."""
+    size = _group_size(run)
+    read = run.original.expert_groups(layer.block.stack, layer.number, size, first)
+    while (group := _timed_next(read, run.shown, f"read{BESIDE}")) is not None:
+        devices.send_ahead(group.arrays)
+        yield group
+        del group  # the caller alone holds a group, and can free it before the next
 
 
 def _apply_committed(run: Run, layer: _Layer) -> list[SolvedGroup]:
@@ -126,7 +135,7 @@ def _apply_committed(run: Run, layer: _Layer) -> list[SolvedGroup]:
             yield original, {name: source.dense_kernel(stored[name], 0, size) for name in stored}
 
     with pipeline.read_ahead(read()) as ahead:
-        while (found := _next(ahead, run.shown)) is not None:
+        while (found := _timed_next(ahead, run.shown, WAITING)) is not None:
             started = time.perf_counter()
             group, stored = found
             original = groups.on_device(layer.block.stack, layer.number, group)
@@ -194,7 +203,7 @@ def _pack(
     run: Run, layer: _Layer, group: ExpertGroup, quantized: Mapping[str, Quantized]
 ) -> SolvedGroup:
     """Commits a group; its record is there first."""
-    with progress.timed(run.shown, "pack, beside the rest"):
+    with progress.timed(run.shown, f"pack{BESIDE}"):
         result = groups.pack(run.quantizer, run.formats, group, quantized, layer.hessian_tokens)
         stack = layer.block.stack
         resume.log_group(run.output, stack, layer.number, result)
@@ -263,6 +272,6 @@ def _versions(followed: list[Track]) -> set[Version]:
     return {track.version for track in followed}
 
 
-def _next(ahead: Iterator, shown: Progress):
-    with progress.timed(shown, "wait for read"):
-        return next(ahead, None)
+def _timed_next(items: Iterator, shown: Progress, phase: str):
+    with progress.timed(shown, phase):
+        return next(items, None)

@@ -4,21 +4,25 @@
 import contextlib
 import dataclasses
 import importlib.util
+import threading
 import time
 from collections.abc import Generator
 
 import rich.console
 import rich.progress
 
+from qmoe_jax.runs.timeline import Span
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """A bar with an ETA on a terminal or in a notebook, else lines; and seconds by phase."""
+    """A bar with an ETA on a terminal or in a notebook, else lines; and where the time went."""
 
     bar: rich.progress.Progress
     task: rich.progress.TaskID
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # by phase, also of earlier attempts
     console: rich.console.Console
+    spans: list[Span]  # in the order of their ends
 
 
 @contextlib.contextmanager
@@ -38,7 +42,7 @@ def showing(total_work: float, console: rich.console.Console) -> Generator[Progr
     )
     with bar:
         task = bar.add_task("starting", total=total_work, rate="")
-        yield Progress(bar, task, {}, console)
+        yield Progress(bar, task, {}, console, [])
 
 
 def advance(progress: Progress, work: float, where: str, tokens: int, seconds: float) -> None:
@@ -66,13 +70,14 @@ def line(progress: Progress, text: str) -> None:
 
 @contextlib.contextmanager
 def timed(progress: Progress, phase: str) -> Generator[None]:
-    """Adds the seconds spent inside to `phase`."""
+    """Adds the time spent inside to `phase`."""
     start = time.perf_counter()
     try:
         yield
     finally:
         spent = time.perf_counter() - start
         progress.seconds[phase] = progress.seconds.get(phase, 0.0) + spent
+        progress.spans.append(Span(phase, threading.current_thread().name, start, spent))
 
 
 def _draws(console: rich.console.Console) -> bool:

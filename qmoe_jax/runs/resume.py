@@ -136,7 +136,11 @@ def attempt(output: pathlib.Path, header: Header, identity: Mapping[str, Any]) -
             )
         earlier = _read(file, store)
         _append(output, {"attempt": earlier.attempts + 1})
-        yield earlier
+        try:
+            yield earlier
+        except Exception as error:
+            error.add_note(f"{output} keeps what is committed: the same command goes on from there")
+            raise
 
 
 def log_group(output: pathlib.Path, stack: Stack, layer: int, solved: SolvedGroup) -> None:
