@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export JAX_COMPILATION_CACHE_DIR ?= $(HOME)/.cache/qmoe_jax/xla
 
-.PHONY: setup demo test fuzz check-real lint format clean
+.PHONY: setup demo test fuzz faults check-real lint format clean
 
 setup: $(VENV)/.installed
 
@@ -23,6 +23,10 @@ test: setup
 # Thousands of damaged checkpoints of every kind; about ten minutes.
 fuzz: setup
 	QMOE_FUZZ_EXAMPLES=1500 $(BIN)/pytest -n 2 tests/test_fuzz.py
+
+# Compressions killed at 50 random moments, and a full disk at every write; about ten minutes.
+faults: setup
+	QMOE_FAULT_KILLS=50 QMOE_FAULT_EVERY=1 $(BIN)/pytest -n 2 tests/test_resume.py
 
 # Needs the network; CHECKPOINT is a released switch-base-8.
 check-real: setup
