@@ -3,6 +3,7 @@
 
 import collections
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -37,6 +38,25 @@ def read_ahead(items: Iterable[T], depth: int = 1) -> Iterator[Iterator[T]]:
             _cancel(reading)
             # In its own thread, where a running `next` has returned.
             pool.submit(getattr(iterator, "close", lambda: None)).result()
+
+
+def shared(items: Iterable[T]) -> Callable[[], Iterator[T]]:
+    """One source for several threads: each iterates, and an item goes to whoever asks next.
+
+    The source's exception is raised to the one that met it; for the others it ends.
+    """
+    iterator, end, lock = iter(items), object(), threading.Lock()
+
+    def each() -> Iterator[T]:
+        while True:
+            with lock:
+                item = next(iterator, end)
+            if item is end:
+                return
+            yield item  # pyright: ignore[reportReturnType]
+            del item  # or it lives on while the next one is waited for
+
+    return each
 
 
 @contextlib.contextmanager

@@ -138,10 +138,27 @@ def start(
     return activations
 
 
+def no_routes(activations: Activations) -> Routes:
+    """Room for where a block sends each token."""
+    tokens = activations.current.data.shape[0]
+    return Routes(np.zeros(tokens, np.int32), np.zeros(tokens, np.float32))
+
+
 def run_block(
-    block: Block, params: Params, layer_params: Params, activations: Activations
+    block: Block,
+    params: Params,
+    layer_params: Params,
+    activations: Activations,
+    routes: Routes | None = None,
 ) -> Routes | None:
     """Runs all samples through a block, from `current` to `updated`.
+
+    Args:
+      block: which.
+      params: those outside of the layers.
+      layer_params: the block's own.
+      activations: those batches of them that are to be run.
+      routes: where those of a sparse block go; None makes new ones.
 
     Returns:
       The routes of a sparse block, whose experts have not run yet; None of a dense one.
@@ -149,10 +166,8 @@ def run_block(
     Raises:
       ValueError: an activation is NaN or infinite; names the sample.
     """
-    tokens = activations.current.data.shape[0]
-    routes = None
-    if block.sparse:
-        routes = Routes(np.zeros(tokens, np.int32), np.zeros(tokens, np.float32))
+    if block.sparse and routes is None:
+        routes = no_routes(activations)
     bias_params = {block.stack: {"relpos_bias": params[block.stack]["relpos_bias"]}}
 
     @functools.cache

@@ -14,6 +14,7 @@ import pathlib
 import re
 import secrets
 import shutil
+import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
@@ -36,6 +37,7 @@ DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
+_APPENDING = threading.Lock()
 _MAX_AXES = 4
 _MAX_NAME = 255  # characters
 # Names that mean the same on every file system and stay below the folder.
@@ -159,11 +161,13 @@ def write_text(path: pathlib.Path, text: str) -> None:
 def append_line(path: pathlib.Path, line: str) -> None:
     """Adds a line to a file and waits until it is on disk; a part of a line is taken back.
 
+    Threads may do so side by side.
+
     Raises:
       CheckpointError: see `write_arrays`.
     """
     try:
-        with open(path, "r+b", buffering=0) as handle:
+        with _APPENDING, open(path, "r+b", buffering=0) as handle:
             end = handle.seek(0, os.SEEK_END)
             try:
                 left = memoryview(line.encode() + b"\n")

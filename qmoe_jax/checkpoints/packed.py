@@ -70,7 +70,7 @@ def reopen(path: pathlib.Path) -> PackedCheckpoint:
     """Takes up a store where it was left, and drops what no line of its journal names.
 
     Returns:
-      What is committed; of each layer that can be the first groups only.
+      What is committed; of each layer that can be some groups only.
 
     Raises:
       CheckpointError: the journal or a committed file is damaged.

@@ -108,7 +108,7 @@ def parse(path: pathlib.Path, manifest: Any, *, complete: bool = True) -> Packed
     Args:
       path: of the store.
       manifest: JSON values.
-      complete: whether all of the model must be there; else each layer's first experts may be.
+      complete: whether all of the model must be there; else some of it may be.
 
     Raises:
       CheckpointError: not a manifest, or one of another version.
@@ -254,7 +254,10 @@ def _check_groups(
     for stack, layer in places:
         at = 0
         for group in groups.get((stack, layer), ()):
-            if not group.start == at < group.stop:
+            if (
+                not (group.start == at if complete else group.start >= at)
+                or group.stop <= group.start
+            ):
                 found = f"experts {group.start} to {group.stop}"
                 raise ValueError(
                     f"{stack}/layers_{layer}: expert {at} expected next, found {found}"

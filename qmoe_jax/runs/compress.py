@@ -13,7 +13,7 @@ Whatever stops a run, the same command goes on after the last group of experts t
 import dataclasses
 import pathlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,7 @@ import rich.console
 from qmoe_jax import report as reports
 from qmoe_jax.calibration import text, walk
 from qmoe_jax.calibration.text import Samples, Text
-from qmoe_jax.calibration.walk import Activations, Params, Routes, SampleLosses
+from qmoe_jax.calibration.walk import Activations, SampleLosses
 from qmoe_jax.checkpoints import array_files, packed, source, vocabulary
 from qmoe_jax.checkpoints.packed_manifest import Codec, Header
 from qmoe_jax.checkpoints.source import Source
@@ -34,6 +34,7 @@ from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import LayerRecord, Report
 from qmoe_jax.report_page import page as report_page
 from qmoe_jax.runs import (
+    dense_parts,
     devices,
     groups,
     layer_experts,
@@ -44,10 +45,9 @@ from qmoe_jax.runs import (
     tracks,
     work,
 )
+from qmoe_jax.runs.compression import Run, VersionParams
 from qmoe_jax.runs.groups import Formats
-from qmoe_jax.runs.layer_experts import Run
-from qmoe_jax.runs.resume import FinishedBlock
-from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
+from qmoe_jax.runs.tracks import CALIBRATION, Track
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Compute:
     Attributes:
       activation_dtype: of activations and buffers; None: bfloat16 where the device computes in it,
         float32 on a CPU.
-      experts_per_group: solved together; None: as many as a part of the device's memory holds.
+      experts_per_group: solved together on a device; None: as many as a part of its memory holds.
         Changes no level.
       batch_tokens: padded positions in one batch of the dense part; None: 1,024 on a CPU, 8,192 on
         an accelerator.
@@ -93,6 +93,7 @@ def compress(
     compare_round_to_nearest: bool = False,
     codec: Codec | None = None,
     store_dtype: str = "bfloat16",
+    num_devices: int | None = None,
     dry_run: bool = False,
     console: rich.console.Console | None = None,
 ) -> Report:
@@ -111,6 +112,7 @@ def compress(
       codec: None: `qmoe` for ternary, `uniform` for 2 to 4 bits; `dense` stores dequantized
         kernels.
       store_dtype: of all that is stored and not packed, "bfloat16" or "float32".
+      num_devices: of this machine, which work side by side; None: all. Changes no weight.
       dry_run: check the inputs and stop before any weight is read.
       console: where progress goes; None: standard output.
 
@@ -146,6 +148,7 @@ def compress(
         compute=compute,
         compare_round_to_nearest=compare_round_to_nearest,
         text_settings=dataclasses.asdict(text_options),
+        num_devices=num_devices,
         dry_run=dry_run,
         console=console,
     )
@@ -161,11 +164,13 @@ def compress_samples(
     compute: Compute,
     compare_round_to_nearest: bool,
     text_settings: dict[str, Any],
+    num_devices: int | None = None,
     dry_run: bool,
     console: rich.console.Console,
 ) -> Report:
     """`compress` for an opened checkpoint and finished samples; `text_settings` say whence."""
-    group_size = devices.experts_per_group(original.config, compute.experts_per_group)
+    chosen = devices.chosen(num_devices)
+    group_size = devices.experts_per_group(original.config, compute.experts_per_group, len(chosen))
     if quantizer.method == "rtn":
         samples = dataclasses.replace(samples, calibration=None)
     settings = {
@@ -205,6 +210,7 @@ def compress_samples(
             keep=tracks.kept_positions(samples, quantizer.mask_special_tokens),
             group_size=group_size,
             halved=[],
+            devices=chosen,
             batch_tokens=devices.batch_tokens(compute.batch_tokens),
             buffer_dir=buffer_dir,
             shown=shown,
@@ -231,59 +237,28 @@ def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, SampleLosses
     read = source.outer_params(run.original)
     source.check_finite(run.original, read)
     _commit_params(run, "outer", tracks.as_stored(read, run.formats.store_dtype))
-    outer = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
+    outer = dense_parts.params_on_each(run, read)
     followed, encoded, states = run.tracks, {}, {}
     for stack in STACKS:
         states = {}  # frees the encoder's buffers, but for its outputs
-        first, states = begin_stack(run, stack, followed, outer, encoded)
+        first, states = dense_parts.begin(run, stack, followed, outer, encoded)
         for layer in range(first, configs.num_layers(config, stack)):
             states, record = compress_block(run, stack, layer, outer, states)
             if record is not None:
                 layers[stack, layer] = record
         followed = tracks.followed(run.tracks, states)
         with progress.timed(run.shown, "dense part"):
-            for t in followed:
-                encoded[t.name] = walk.finish(outer[t.version], states[t.name], run.formats.dtype)
+            encoded = dense_parts.finish(run, followed, outer, states)
     with progress.timed(run.shown, "losses"):
-        losses = {
-            t.version: walk.losses(config, outer[t.version], states[t.name]) for t in followed
-        }
+        losses = {t.version: dense_parts.losses(run, t, outer, states[t.name]) for t in followed}
     return list(layers.values()), losses
-
-
-def begin_stack(
-    run: Run, stack: Stack, followed: Iterable[Track], outer: Mapping[Version, Params], encoded
-) -> tuple[int, dict[str, Activations]]:
-    """The first block to walk and its inputs: after the newest finished block, or the embeddings.
-
-    What an earlier attempt left of the activations is checked; where it is damaged or gone, the
-    stack is walked from its start, and what is committed is not solved again.
-    """
-    newest = run.earlier.newest(stack)
-    if newest is not None:
-        try:
-            states = _restore(run, newest, followed, outer, encoded)
-        except (OSError, ValueError) as error:
-            walked = f"walking the {stack} again, without solving what is committed"
-            run.shown.console.print(f"{error}: {walked}", soft_wrap=True)
-        else:
-            layers = configs.num_layers(run.original.config, stack)
-            counts = tracks.num_tokens(run.tracks)
-            solved = any(track.name == CALIBRATION for track in run.tracks)
-            of = run.original.config, stack, range(newest.layer + 1), counts, solved
-            progress.skip(run.shown, work.blocks(*of))
-            where = f"{stack} block {newest.layer + 1} of {layers}"
-            run.shown.console.print(f"going on after {where}", soft_wrap=True)
-            return newest.layer + 1, states
-    with progress.timed(run.shown, "dense part"):
-        return 0, {t.name: _start(run, t, stack, outer[t.version], encoded) for t in followed}
 
 
 def compress_block(
     run: Run,
     stack: Stack,
     layer: int,
-    outer: Mapping[Version, Params],
+    outer: list[VersionParams],
     states: Mapping[str, Activations],
 ) -> tuple[dict[str, Activations], LayerRecord | None]:
     """One block: the dense part, then its experts, if it has any; committed at the end."""
@@ -292,15 +267,9 @@ def compress_block(
     block = make_block(config, stack, layer, run.formats.dtype)
     read = source.layer_params(run.original, stack, layer)
     source.check_finite(run.original, read, f"{stack}/layers_{layer}/")
-    params = tracks.params_by_version(_versions(run), read, run.formats.store_dtype)
-    routes: dict[str, Routes] = {}
+    params = dense_parts.params_on_each(run, read)
     with progress.timed(run.shown, "dense part"):
-        for t in tracks.followed(run.tracks, states):
-            found = tracks.run_block(
-                t, layer, block, outer[t.version], params[t.version], states[t.name]
-            )
-            if found is not None:
-                routes[t.name] = found
+        routes = dense_parts.run_block(run, block, layer, outer, params, states)
     where = f"{stack} block {layer + 1} of {configs.num_layers(config, stack)}"
     counts = tracks.num_tokens(run.tracks)
     tokens, done = counts[stack], work.dense_part(config, stack, block.sparse, counts)
@@ -324,44 +293,6 @@ def _commit_params(run: Run, name: str, stored: dict[str, np.ndarray]) -> None:
         packed.check_params(run.earlier.store, stored, f"CHECKPOINT_PATH {run.original.path}")
     else:
         packed.commit_params(run.output, name, stored)
-
-
-def _versions(run: Run) -> set[Version]:
-    return {"compressed", *(track.version for track in run.tracks)}
-
-
-def _start(run: Run, track: Track, stack: Stack, params: Params, encoded) -> Activations:
-    tracks.remove_buffers(track, stack, run.buffer_dir)
-    return tracks.start(
-        track,
-        stack,
-        params,
-        run.formats.dtype,
-        batch_tokens=run.batch_tokens,
-        buffer_dir=run.buffer_dir,
-        encoded=encoded.get(track.name),
-    )
-
-
-def _restore(
-    run: Run, newest: FinishedBlock, followed: Iterable[Track], outer, encoded
-) -> dict[str, Activations]:
-    """What comes out of a finished block, for those tracks that are still needed after it."""
-    states = {}
-    for track in followed:
-        if track.name in newest.snapshots:
-            width = outer[track.version]["token_embedder"]["embedding"].shape[1]
-            states[track.name] = tracks.restore(
-                track,
-                newest.stack,
-                newest.snapshots[track.name],
-                width,
-                run.formats.dtype,
-                batch_tokens=run.batch_tokens,
-                buffer_dir=run.buffer_dir,
-                encoded=encoded.get(track.name),
-            )
-    return states
 
 
 def _total_work(config, followed: tuple[Track, ...]) -> float:

@@ -9,6 +9,7 @@ import platform
 import re
 import resource
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,18 @@ KEPT_COMPILE_SECONDS = 0.1  # programs that took less are not worth a file
 CPU_BATCH_TOKENS, BATCH_TOKENS = 1024, 8192  # a CPU is fastest on what stays in its caches
 
 
+def chosen(number: int | None) -> list[Any]:
+    """The first devices of this process; None: all.
+
+    Raises:
+      ValueError: there are not so many.
+    """
+    found = jax.local_devices()
+    if number is not None and not 1 <= number <= len(found):
+        raise ValueError(f"NUM_DEVICES is {number}; expected 1 to {len(found)}, which are there")
+    return found[:number]
+
+
 def batch_tokens(wanted: int | None) -> int:
     """Padded positions in a batch of the dense part: `wanted`, or what suits the device."""
     if wanted is not None:
@@ -31,8 +44,8 @@ def batch_tokens(wanted: int | None) -> int:
     return CPU_BATCH_TOKENS if jax.devices()[0].platform == "cpu" else BATCH_TOKENS
 
 
-def experts_per_group(config: SwitchConfig, wanted: int | None) -> int:
-    """How many experts are solved together: `wanted`, or about what fits.
+def experts_per_group(config: SwitchConfig, wanted: int | None, num_devices: int = 1) -> int:
+    """How many experts a device solves together: `wanted`, or about what fits, a share at most.
 
     Raises:
       ValueError: fewer than one wanted.
@@ -42,7 +55,7 @@ def experts_per_group(config: SwitchConfig, wanted: int | None) -> int:
             raise ValueError(f"EXPERTS_PER_GROUP is {wanted}; expected 1 or more")
         return min(wanted, config.num_experts)
     experts = config.num_experts
-    fitting = min(experts, max(1, _group_budget() // group_bytes(config)))
+    fitting = min(-(-experts // num_devices), max(1, _group_budget() // group_bytes(config)))
     # A last group of another size would compile all programs again.
     equal = max(size for size in range(1, fitting + 1) if experts % size == 0)
     return equal if 2 * equal >= fitting else fitting
@@ -137,16 +150,16 @@ def to_device(array: np.ndarray) -> jax.Array:
     return jnp.array(array, copy=True)
 
 
-def send_ahead(arrays: dict[str, np.ndarray]) -> None:
+def send_ahead(arrays: dict[str, Any], device: Any) -> None:
     """Begins to copy arrays to an accelerator, in their place; to a CPU's memory, nothing.
 
     Where the device has no room for them yet they stay as they are.
     """
-    if jax.devices()[0].platform == "cpu":
+    if device.platform == "cpu":
         return
     for name in list(arrays):
         try:
-            arrays[name] = jax.device_put(arrays[name])  # pyright: ignore[reportArgumentType]
+            arrays[name] = jax.device_put(arrays[name], device)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

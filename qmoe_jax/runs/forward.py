@@ -75,15 +75,16 @@ def _walk_blocks(this: Walk, buffer_dir: pathlib.Path | None) -> dict[str, Sampl
         states = {}  # frees the encoder's buffers, but for its outputs
         with progress.timed(this.shown, "dense part"):
             for track in this.tracks:
-                states[track.name] = tracks.start(
+                states[track.name] = tracks.prepare(
                     track,
                     stack,
-                    outer,
+                    config.emb_dim,
                     this.dtype,
                     batch_tokens=devices.batch_tokens(this.compute.batch_tokens),
                     buffer_dir=buffer_dir,
                     encoded=encoded.get(track.name),
                 )
+                walk.embed(outer, states[track.name])
         for layer in range(configs.num_layers(config, stack)):
             states = _walk_block(this, stack, layer, outer, states)
         with progress.timed(this.shown, "dense part"):

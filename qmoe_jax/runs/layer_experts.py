@@ -1,55 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """All experts of a sparse block, group by group: read, solved, run, packed, committed.
 
-The next group is read and the one before is packed while a group is on the device. Groups that an
-earlier attempt committed are not solved again: their tokens go through what is stored.
+Every device takes the next group when it is done with one; it reads ahead and packs behind in
+threads of its own. Groups that an earlier attempt committed are not solved again: their tokens go
+through what is stored.
 """
 
+import contextlib
 import dataclasses
-import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from qmoe_jax.calibration import experts, pipeline
 from qmoe_jax.calibration.experts import Assignment
-from qmoe_jax.calibration.walk import Activations, Params, Routes
+from qmoe_jax.calibration.walk import Activations, Routes
 from qmoe_jax.checkpoints import packed, source
-from qmoe_jax.checkpoints.source import Source
+from qmoe_jax.checkpoints.packed_manifest import GroupEntry
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models.block import Block
-from qmoe_jax.models.config import Stack
 from qmoe_jax.quantization.gptq import Quantized
-from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import BESIDE, LayerRecord
-from qmoe_jax.runs import devices, groups, progress, resume, tracks, work
-from qmoe_jax.runs.groups import Formats, HessianTokens, Kernels, SolvedGroup
+from qmoe_jax.runs import devices, groups, progress, resume, tracks, work, workers
+from qmoe_jax.runs.compression import Run, VersionParams
+from qmoe_jax.runs.groups import HessianTokens, Kernels, SolvedGroup
 from qmoe_jax.runs.progress import Progress
-from qmoe_jax.runs.resume import Earlier
 from qmoe_jax.runs.timeline import WAITING
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """What all steps of one compression share."""
-
-    original: Source
-    output: pathlib.Path
-    earlier: Earlier
-    quantizer: Quantizer
-    formats: Formats
-    tracks: tuple[Track, ...]
-    keep: Mapping[Stack, np.ndarray | None]  # positions that the Hessians count
-    group_size: int  # experts
-    halved: list[int]  # group sizes that took its place, each when the device ran out of memory
-    batch_tokens: int
-    buffer_dir: pathlib.Path | None
-    shown: Progress
+from qmoe_jax.runs.workers import Worker
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +39,7 @@ class _Layer:
 
     block: Block
     number: int
-    params: Mapping[Version, Params]
+    params: list[VersionParams]  # of each device
     states: Mapping[str, Activations]
     routes: Mapping[str, Routes]
     assigned: Mapping[str, Assignment]
@@ -67,16 +48,40 @@ class _Layer:
     where: str
 
 
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """A group from the disk; what is stored of it, dequantized, if it is committed already."""
+
+    group: ExpertGroup
+    stored: dict[str, np.ndarray] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """A device at work on a layer, and the queue of what it has to write."""
+
+    run: Run
+    layer: _Layer
+    worker: Worker
+    write: Callable[..., Future]
+
+    @property
+    def params(self) -> VersionParams:
+        return self.layer.params[self.worker.place]
+
+
 def compress_experts(
     run: Run,
     block: Block,
     number: int,
-    params: Mapping[Version, Params],
+    params: list[VersionParams],
     states: Mapping[str, Activations],
     routes: Mapping[str, Routes],
     where: str,
 ) -> LayerRecord:
     """Compresses the experts of layer `number` and adds their outputs to `states`.
+
+    A token has one expert: devices write to different rows of a buffer.
 
     Raises:
       CheckpointError: a weight is not finite, the checkpoint is damaged, the disk is full.
@@ -96,83 +101,113 @@ def compress_experts(
         hessian_tokens=_hessian_tokens(run, block, states, routes, assigned),
         where=where,
     )
-    solved = _apply_committed(run, layer)
-    first = solved[-1].stop if solved else 0
-    with pipeline.write_behind(depth=1) as write:
-        packing: list[Future[SolvedGroup]] = []
-        with pipeline.read_ahead(_read(run, layer, first)) as ahead:
-            while (group := _timed_next(ahead, run.shown, WAITING)) is not None:
-                for part in _parts(group, _group_size(run)):
-                    packing += _compress_group(run, layer, part, write)
-                del part  # or it lives on while the next one is waited for
-    solved += [future.result() for future in packing]
+    with contextlib.closing(_read(run, layer)) as read:
+        take = pipeline.shared(read)
+        found = workers.on_each(run.devices, lambda worker: _work(run, layer, worker, take))
+    solved = sorted((group for part in found for group in part), key=lambda group: group.start)
     return groups.layer_record(block.stack, number, solved, time.perf_counter() - begun)
 
 
-def _read(run: Run, layer: _Layer, first: int) -> Iterator[ExpertGroup]:
-    """The experts from `first` on; on their way to an accelerator when they are handed out."""
-    size = _group_size(run)
-    read = run.original.expert_groups(layer.block.stack, layer.number, size, first)
-    while (group := _timed_next(read, run.shown, f"read{BESIDE}")) is not None:
-        devices.send_ahead(group.arrays)
-        yield group
-        del group  # the caller alone holds a group, and can free it before the next
+def _work(
+    run: Run, layer: _Layer, worker: Worker, take: Callable[[], Iterator[_Read]]
+) -> list[SolvedGroup]:
+    """Group after group on one device, as they come; the records of those that were its own."""
+
+    def sent() -> Iterator[_Read]:
+        with workers.on_device(worker):
+            for read in take():
+                devices.send_ahead(read.group.arrays, worker.device)
+                yield read
+                del read  # the caller alone holds a group, and can free it before the next
+
+    with pipeline.write_behind(depth=1) as write, pipeline.read_ahead(sent()) as ahead:
+        at = _Place(run, layer, worker, write)
+        solved: list[SolvedGroup | Future[SolvedGroup]] = []
+        while not worker.stopped.is_set():
+            read = _timed_next(ahead, run.shown, WAITING)
+            if read is None:
+                break
+            if read.stored is not None:
+                solved.append(_apply_committed(at, read.group, read.stored))
+            else:
+                for part in _parts(read.group, _group_size(run)):
+                    solved += _compress_group(at, part)
+                del part
+            del read
+    return [group.result() if isinstance(group, Future) else group for group in solved]
 
 
-def _apply_committed(run: Run, layer: _Layer) -> list[SolvedGroup]:
-    """Runs the tokens of groups that an earlier attempt committed; returns their records."""
-    stack, store, versions = layer.block.stack, run.earlier.store, _versions(layer.followed)
-    entries = store.groups.get((stack, layer.number), ())
-
-    def read() -> Iterator[tuple[ExpertGroup, dict[str, np.ndarray]]]:
-        for entry in entries:
-            original = ExpertGroup(entry.start, entry.stop, {})
+def _read(run: Run, layer: _Layer) -> Generator[_Read]:
+    """What an earlier attempt committed, then the experts that are left."""
+    stack, number, versions = layer.block.stack, layer.number, _versions(layer.followed)
+    entries = run.earlier.store.groups.get((stack, number), ())
+    for entry in entries:
+        size, stored = entry.stop - entry.start, {}
+        group = ExpertGroup(entry.start, entry.stop, {})
+        with progress.timed(run.shown, f"read{BESIDE}"):
             if versions - {"compressed"}:
-                size = entry.stop - entry.start
-                original = next(run.original.expert_groups(stack, layer.number, size, entry.start))
-            stored = packed.read_group(store, entry) if "compressed" in versions else {}
-            size = entry.stop - entry.start
-            yield original, {name: source.dense_kernel(stored[name], 0, size) for name in stored}
-
-    with pipeline.read_ahead(read()) as ahead:
-        while (found := _timed_next(ahead, run.shown, WAITING)) is not None:
-            started = time.perf_counter()
-            group, stored = found
-            original = groups.on_device(layer.block.stack, layer.number, group)
-            compressed = {name: jnp.asarray(array) for name, array in stored.items()}
-            _run_group(run, layer, group, original, compressed)
-            _advance(run, layer, group, started)
-            del found, stored, original, compressed
-    return [run.earlier.groups[stack, layer.number, entry.start] for entry in entries]
+                group = next(run.original.expert_groups(stack, number, size, entry.start))
+            if "compressed" in versions:
+                stored = packed.read_group(run.earlier.store, entry)
+                stored = {name: source.dense_kernel(stored[name], 0, size) for name in stored}
+        yield _Read(group, stored)
+        del group, stored
+    for first, last in _gaps(entries, layer.block.config.num_experts):
+        left = run.original.expert_groups(stack, number, _group_size(run), first)
+        while first < last:
+            with progress.timed(run.shown, f"read{BESIDE}"):
+                group = _first(next(left), last)
+            first = group.stop
+            yield _Read(group, None)
+            del group  # the caller alone holds a group, and can free it before the next
 
 
-def _compress_group(run: Run, layer: _Layer, group: ExpertGroup, write) -> list[Future]:
+def _gaps(entries: Iterable[GroupEntry], num_experts: int) -> Iterator[tuple[int, int]]:
+    """Ranges of experts that no entry holds."""
+    at = 0
+    for entry in entries:
+        if entry.start > at:
+            yield at, entry.start
+        at = entry.stop
+    if at < num_experts:
+        yield at, num_experts
+
+
+def _apply_committed(at: _Place, group: ExpertGroup, stored: dict[str, np.ndarray]) -> SolvedGroup:
+    """Runs the tokens of a group that an earlier attempt committed; returns its record."""
+    started, stack, number = time.perf_counter(), at.layer.block.stack, at.layer.number
+    original = groups.on_device(stack, number, group)
+    compressed = {name: devices.to_device(array) for name, array in stored.items()}
+    _run_group(at, group, original, compressed)
+    _advance(at, group, started)
+    return at.run.earlier.groups[stack, number, group.start]
+
+
+def _compress_group(at: _Place, group: ExpertGroup) -> list[Future[SolvedGroup]]:
     """A function of its own, so that no group is on the device when the next one comes."""
     started = time.perf_counter()
-    found = _solve(run, layer, group)
+    found = _solve(at, group)
     if found is None:
-        return _compress_halves(run, layer, group, write)
+        return _compress_halves(at, group)
     quantized, original, compressed = found
-    packing = write(_pack, run, layer, group, quantized)
-    _run_group(run, layer, group, original, compressed)
-    _advance(run, layer, group, started)
+    packing = at.write(_pack, at, group, quantized)
+    _run_group(at, group, original, compressed)
+    _advance(at, group, started)
     return [packing]
 
 
-def _solve(
-    run: Run, layer: _Layer, group: ExpertGroup
-) -> tuple[dict[str, Quantized], Kernels, Kernels] | None:
+def _solve(at: _Place, group: ExpertGroup) -> tuple[dict[str, Quantized], Kernels, Kernels] | None:
     """What `groups.solve` gives; None where the device has too little memory for the group."""
     try:
         return groups.solve(
-            run.quantizer,
-            run.formats,
-            layer.block,
-            layer.number,
-            layer.params["compressed"],
+            at.run.quantizer,
+            at.run.formats,
+            at.layer.block,
+            at.layer.number,
+            at.params["compressed"],
             group,
-            layer.hessian_tokens,
-            run.shown,
+            at.layer.hessian_tokens,
+            at.run.shown,
         )
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) or group.stop - group.start == 1:
@@ -180,41 +215,36 @@ def _solve(
         return None
 
 
-def _compress_halves(run: Run, layer: _Layer, group: ExpertGroup, write) -> list[Future]:
+def _compress_halves(at: _Place, group: ExpertGroup) -> list[Future[SolvedGroup]]:
     """Reads a group again, whose arrays are gone, and solves it in two parts: the same bits."""
+    run, layer = at.run, at.layer
     run.halved.append(-(-(group.stop - group.start) // 2))
     note = f"the device is out of memory: groups of {_group_size(run)} experts from here on"
     run.shown.console.print(f"{layer.where}, expert {group.start}: {note}", soft_wrap=True)
-    again = run.original.expert_groups(
-        layer.block.stack, layer.number, _group_size(run), group.start
-    )
+    size, stack = _group_size(run), layer.block.stack
     packing = []
-    for part in again:
-        stop = min(part.stop, group.stop)
-        inside = {name: array[: stop - part.start] for name, array in part.arrays.items()}
-        for smaller in _parts(ExpertGroup(part.start, stop, inside), _group_size(run)):
-            packing += _compress_group(run, layer, smaller, write)
-        if stop == group.stop:
+    for part in run.original.expert_groups(stack, layer.number, size, group.start):
+        for smaller in _parts(_first(part, group.stop), _group_size(run)):
+            packing += _compress_group(at, smaller)
+        if part.stop >= group.stop:
             break
     return packing
 
 
-def _pack(
-    run: Run, layer: _Layer, group: ExpertGroup, quantized: Mapping[str, Quantized]
-) -> SolvedGroup:
+def _pack(at: _Place, group: ExpertGroup, quantized: Mapping[str, Quantized]) -> SolvedGroup:
     """Commits a group; its record is there first."""
-    with progress.timed(run.shown, f"pack{BESIDE}"):
-        result = groups.pack(run.quantizer, run.formats, group, quantized, layer.hessian_tokens)
-        stack = layer.block.stack
-        resume.log_group(run.output, stack, layer.number, result)
-        packed.commit_experts(run.output, stack, layer.number, group.start, result.packed)
+    run, stack, number = at.run, at.layer.block.stack, at.layer.number
+    with progress.timed(run.shown, f"pack{BESIDE}"), workers.on_device(at.worker):
+        tokens = at.layer.hessian_tokens
+        result = groups.pack(run.quantizer, run.formats, group, quantized, tokens)
+        resume.log_group(run.output, stack, number, result)
+        packed.commit_experts(run.output, stack, number, group.start, result.packed)
         return dataclasses.replace(result, packed={})
 
 
-def _run_group(
-    run: Run, layer: _Layer, group: ExpertGroup, original: Kernels, compressed: Kernels
-) -> None:
+def _run_group(at: _Place, group: ExpertGroup, original: Kernels, compressed: Kernels) -> None:
     """Every track's tokens through its version of the group's experts."""
+    run, layer = at.run, at.layer
     kernels = {"original": original, "compressed": compressed}
     if "round_to_nearest" in _versions(layer.followed):
         kernels["round_to_nearest"] = groups.nearest_kernels(run.quantizer, run.formats, original)
@@ -222,7 +252,7 @@ def _run_group(
         for track in layer.followed:
             experts.run_experts(
                 layer.block,
-                layer.params[track.version],
+                at.params[track.version],
                 kernels[track.version],
                 group.start,
                 layer.states[track.name].updated,
@@ -231,7 +261,8 @@ def _run_group(
             )
 
 
-def _advance(run: Run, layer: _Layer, group: ExpertGroup, started: float) -> None:
+def _advance(at: _Place, group: ExpertGroup, started: float) -> None:
+    run, layer = at.run, at.layer
     starts = [assigned.starts for assigned in layer.assigned.values()]
     routed = sum(int(at[group.stop] - at[group.start]) for at in starts)
     solved = layer.hessian_tokens is not None
@@ -255,6 +286,14 @@ def _hessian_tokens(run: Run, block: Block, states, routes, assigned) -> Hessian
 
 def _group_size(run: Run) -> int:
     return run.halved[-1] if run.halved else run.group_size
+
+
+def _first(group: ExpertGroup, stop: int) -> ExpertGroup:
+    """Those experts of a group that come before expert `stop`."""
+    if group.stop <= stop:
+        return group
+    inside = {name: array[: stop - group.start] for name, array in group.arrays.items()}
+    return ExpertGroup(group.start, stop, inside)
 
 
 def _parts(group: ExpertGroup, size: int) -> Iterator[ExpertGroup]:

@@ -13,6 +13,8 @@ import rich.progress
 
 from qmoe_jax.runs.timeline import Span
 
+_ADDING = threading.Lock()
+
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
@@ -76,7 +78,8 @@ def timed(progress: Progress, phase: str) -> Generator[None]:
         yield
     finally:
         spent = time.perf_counter() - start
-        progress.seconds[phase] = progress.seconds.get(phase, 0.0) + spent
+        with _ADDING:
+            progress.seconds[phase] = progress.seconds.get(phase, 0.0) + spent
         progress.spans.append(Span(phase, threading.current_thread().name, start, spent))
 
 

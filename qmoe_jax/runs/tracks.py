@@ -24,6 +24,7 @@ from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.runs import devices, snapshots
 from qmoe_jax.runs.snapshots import Snapshot
+from qmoe_jax.runs.workers import Worker
 
 # The first three of a compression; of an evaluation the original, and the forms of a checkpoint.
 Version: TypeAlias = Literal[
@@ -94,7 +95,7 @@ def kept_positions(
 def params_by_version(
     versions: Iterable[Version], read: Mapping[str, np.ndarray], store_dtype: np.dtype
 ) -> dict[Version, Params]:
-    """Parameters on the device, nested, for each version of the model.
+    """Parameters on the default device, nested, for each version of the model.
 
     The original computes with what was read, all others with what is stored.
     """
@@ -141,6 +142,11 @@ def kept_buffer_folder(parent: str | None, output: pathlib.Path) -> Generator[pa
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     shutil.rmtree(folder)
+
+
+def share(state: Activations, worker: Worker) -> Activations:
+    """The same activations with the batches that are one worker's to run."""
+    return dataclasses.replace(state, batches=worker.share(state.batches))
 
 
 def remove_buffers(
@@ -200,25 +206,25 @@ def track_folder(track: Track, buffer_dir: pathlib.Path | None) -> pathlib.Path 
     return folder
 
 
-def start(
+def prepare(
     track: Track,
     stack: Stack,
-    params: Params,
+    width: int,
     dtype: np.dtype,
     *,
     batch_tokens: int,
     buffer_dir: pathlib.Path | None,
     encoded: TokenBuffer | None,
 ) -> Activations:
-    """The track's embedded samples; its buffers are files below `buffer_dir`, if given.
+    """Room for the track's activations; its buffers are files below `buffer_dir`, if given.
 
     Raises:
       OSError: the buffers' disk is full.
     """
-    return walk.start(
-        params,
+    return walk.prepare(
         track.samples,
         stack,
+        width,
         dtype,
         batch_tokens=batch_tokens,
         encoded=encoded,
@@ -233,6 +239,7 @@ def run_block(
     params: Params,
     layer_params: Params,
     activations: Activations,
+    routes: Routes | None = None,
 ) -> Routes | None:
     """`walk.run_block`, whose errors say which layer and which samples they are about.
 
@@ -240,6 +247,6 @@ def run_block(
       ValueError: an activation is NaN or infinite.
     """
     try:
-        return walk.run_block(block, params, layer_params, activations)
+        return walk.run_block(block, params, layer_params, activations, routes)
     except ValueError as error:
         raise ValueError(f"{block.stack}/layers_{layer}, {track.name}: {error}") from error
