@@ -275,6 +275,15 @@ def test_two_processes_cannot_write_to_one_folder(run, tmp_path, monkeypatch):
     run(tmp_path / "out")
 
 
+def test_a_disk_without_locks_is_warned_of(run, tmp_path, monkeypatch):
+    def unsupported(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(resume.fcntl, "flock", unsupported)
+    with pytest.warns(UserWarning, match="cannot be locked"):
+        run(tmp_path / "out", quantizer=Quantizer(method="rtn"))
+
+
 def test_a_stopped_run_may_be_finished_but_for_its_report(run, whole, tmp_path, monkeypatch):
     def stopping(*arguments):
         raise Stopped

@@ -29,8 +29,13 @@ def chosen(number: int | None) -> list[Any]:
     """The first devices of this process; None: all.
 
     Raises:
-      ValueError: there are not so many.
+      ValueError: there are not so many; or several processes were started.
     """
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"compress uses the devices of one process, but {jax.process_count()} were started "
+            "(jax.distributed): start one"
+        )
     found = jax.local_devices()
     if number is not None and not 1 <= number <= len(found):
         raise ValueError(f"NUM_DEVICES is {number}; expected 1 to {len(found)}, which are there")

@@ -285,7 +285,7 @@ def _hessian_tokens(run: Run, block: Block, states, routes, assigned) -> Hessian
 
 
 def _group_size(run: Run) -> int:
-    return run.halved[-1] if run.halved else run.group_size
+    return min(run.halved, default=run.group_size)
 
 
 def _first(group: ExpertGroup, stop: int) -> ExpertGroup:

@@ -18,6 +18,7 @@ import os
 import pathlib
 import shutil
 import socket
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -182,7 +183,7 @@ def finish_block(
 def finish(output: pathlib.Path) -> None:
     """Removes all this, once the checkpoint is complete and reported."""
     (output / FOLDER / LOG).unlink()  # what is left then is of no run
-    shutil.rmtree(output / FOLDER)
+    shutil.rmtree(output / FOLDER, ignore_errors=True)  # network disks keep open files a while
 
 
 @contextlib.contextmanager
@@ -205,6 +206,12 @@ def _locked(output: pathlib.Path) -> Iterator[None]:
                 f"{output} is being written by {handle.read().strip() or 'another process'}: wait "
                 "for it, or choose another OUTPUT_DIR"
             ) from error
+        except OSError as error:
+            warnings.warn(
+                f"{folder} cannot be locked ({error.strerror}): see to it that no other process "
+                "writes there",
+                stacklevel=2,
+            )
         handle.truncate(0)
         handle.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         handle.flush()
