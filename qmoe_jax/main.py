@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import gin
+import jax
 
 from qmoe_jax import bindings, options
 from qmoe_jax.checkpoints import array_files
@@ -54,8 +55,9 @@ def run() -> None:
     devices.keep_freed_memory()
     devices.keep_compiled_programs()
     code = main(sys.argv)
-    if code == INTERRUPTED:
-        # JAX's threads may still be at work, and crash in a regular exit.
+    if code == INTERRUPTED or (code and jax.process_count() > 1):
+        # JAX's threads may still be at work, and crash in a regular exit; other processes are not
+        # to be waited for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -68,11 +70,15 @@ def main(argv: Sequence[str]) -> int:
     try:
         given = options.parse(argv, RUN_MODES, ROOT, __doc__ or "")
         traceback, mode = given.traceback, given.run_mode
+        if given.multiprocess:
+            devices.join_processes(
+                given.coordinator_address, given.process_count, given.process_index
+            )
         function, folder = RUN_MODES[given.run_mode]
         arguments = configure(function, given)
         dry_run = arguments["dry_run"] = given.dry_run or arguments.get("dry_run", False)
         function(**arguments)
-        if folder and arguments.get(folder) and not dry_run:
+        if folder and arguments.get(folder) and not dry_run and jax.process_index() == 0:
             array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
     except KeyboardInterrupt:
         left = "the same command goes on" if mode in RESUMED else "what was written is incomplete"

@@ -25,6 +25,11 @@ class Options:
       settings: names and values in gin's spelling, applied after the files.
       dry_run: check the inputs, write nothing.
       traceback: show where an error came from.
+      multiprocess: one of several processes, which find each other by what follows, or, where that
+        is None, by what SLURM and its like say.
+      coordinator_address: host:port of the first process.
+      process_count: how many there are.
+      process_index: which this is.
     """
 
     run_mode: str
@@ -33,6 +38,10 @@ class Options:
     settings: tuple[tuple[str, str], ...]
     dry_run: bool
     traceback: bool
+    multiprocess: bool = False
+    coordinator_address: str | None = None
+    process_count: int | None = None
+    process_index: int | None = None
 
 
 def parse(argv: Sequence[str], run_modes: Iterable[str], root: str, about: str) -> Options:
@@ -67,6 +76,10 @@ def parse(argv: Sequence[str], run_modes: Iterable[str], root: str, about: str) 
         settings=tuple(split_binding(binding) for binding in values.gin_bindings),
         dry_run=values.dry_run,
         traceback=values.traceback,
+        multiprocess=values.multiprocess_gpu,
+        coordinator_address=values.coordinator_address,
+        process_count=values.process_count,
+        process_index=values.process_index,
     )
 
 
@@ -121,5 +134,10 @@ def _flags(run_modes: list[str]) -> flags.FlagValues:
     flags.DEFINE_list("gin_search_paths", [], "Folders to look for gin files in.", **own)
     flags.DEFINE_bool("dry_run", False, "Check the inputs and write nothing.", **own)
     flags.DEFINE_bool("traceback", False, "Show where an error came from.", **own)
+    several = "One of several processes; where they find each other is detected or given (T5X)."
+    flags.DEFINE_bool("multiprocess_gpu", False, several, **own)
+    flags.DEFINE_string("coordinator_address", None, "host:port of the first process.", **own)
+    flags.DEFINE_integer("process_count", None, "Number of processes.", **own)
+    flags.DEFINE_integer("process_index", None, "Which of them this is.", **own)
     flags.DEFINE_bool("help", False, "Show this.", **own)
     return values

@@ -30,7 +30,7 @@ def test_positions_not_kept_belong_to_no_expert_and_the_cap_counts_the_kept():
     assigned = experts.assign(routes, 2, keep)
     np.testing.assert_array_equal(assigned.of(0), [0, 5])
     np.testing.assert_array_equal(assigned.of(1), [1, 3])
-    assert experts.token_cap(assigned, 1.5) == 3
+    assert experts.token_cap(len(assigned.rows), 2, 1.5) == 3
 
 
 def sparse_block(name):

@@ -64,9 +64,9 @@ def assign(
     return Assignment(np.argsort(narrow, kind="stable")[: starts[-1]], starts)
 
 
-def token_cap(assignment: Assignment, factor: float) -> int:
+def token_cap(tokens: int, num_experts: int, factor: float) -> int:
     """Most tokens of one expert that its Hessian counts: `factor` times the mean over experts."""
-    return math.ceil(factor * len(assignment.rows) / (len(assignment.starts) - 1))
+    return math.ceil(factor * tokens / num_experts)
 
 
 def zero_hessians(

@@ -82,11 +82,12 @@ def prepare(
     dtype: DTypeLike,
     *,
     batch_tokens: int,
+    part: tuple[int, int] = (0, 1),
     encoded: TokenBuffer | None = None,
     folder: pathlib.Path | None = None,
     kept: pathlib.Path | None = None,
 ) -> Activations:
-    """Room for the activations of all samples.
+    """Room for the activations of all samples, or of a process's part of them.
 
     Args:
       samples: the tokens.
@@ -94,6 +95,7 @@ def prepare(
       width: of the residual stream.
       dtype: of the activations and their buffers.
       batch_tokens: padded positions of a batch, about.
+      part: which process this is, and of how many: it has every so-manieth batch.
       encoded: what `finish` of the encoder gave.
       folder: where the buffers go as memory-mapped files; None keeps them in memory.
       kept: that of the files which holds `current` already; None makes both anew.
@@ -101,10 +103,13 @@ def prepare(
     Raises:
       OSError: the buffers' disk is full, or a file is there that is not `kept`.
     """
-    lengths, offsets = samples.encoder_lengths[:, None], samples.encoder_offsets
-    if stack == "decoder":
-        lengths = np.stack([samples.decoder_lengths, samples.encoder_lengths], axis=1)
-        offsets = samples.decoder_offsets
+    index, count = part
+    batches = sample_batches(samples, stack, batch_tokens)[index::count]
+    offsets = _offsets(samples, stack)
+    if count > 1:
+        own = owners(samples, stack, batch_tokens, count) == index
+        lengths = np.where(own, np.diff(offsets), 0)
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     files = [None, None] if folder is None else [folder / f"{stack}.{half}" for half in "ab"]
     if kept == files[1]:
         files.reverse()
@@ -114,8 +119,41 @@ def prepare(
         else buffers.create(offsets, width, jnp.dtype(dtype), file)
         for file in files
     )
-    batches = buffers.length_batches(lengths, batch_tokens)
     return Activations(stack, samples, batches, current, updated, encoded)
+
+
+def sample_batches(samples: SampleSet, stack: Stack, batch_tokens: int) -> list[Batch]:
+    """All samples in batches of about so many padded positions."""
+    lengths = samples.encoder_lengths[:, None]
+    if stack == "decoder":
+        lengths = np.stack([samples.decoder_lengths, samples.encoder_lengths], axis=1)
+    return buffers.length_batches(lengths, batch_tokens)
+
+
+def owners(
+    samples: SampleSet, stack: Stack, batch_tokens: int, count: int
+) -> Int[np.ndarray, " samples"]:
+    """The process, of `count`, that has each sample."""
+    owner = np.zeros(len(samples), np.int64)
+    for place, batch in enumerate(sample_batches(samples, stack, batch_tokens)):
+        owner[batch.samples[batch.samples >= 0]] = place % count
+    return owner
+
+
+def num_tokens(activations: Activations) -> int:
+    """Of all samples, also those that other processes have."""
+    return int(_offsets(activations.samples, activations.stack)[-1])
+
+
+def global_rows(activations: Activations) -> Int[np.ndarray, " tokens"]:
+    """Where the rows of a part's buffers would be in those of all samples, ascending."""
+    lengths = np.diff(_offsets(activations.samples, activations.stack))
+    own = activations.current.lengths > 0  # no sample is empty
+    return np.flatnonzero(np.repeat(own, lengths))
+
+
+def _offsets(samples: SampleSet, stack: Stack) -> Int[np.ndarray, " samples_plus_1"]:
+    return samples.encoder_offsets if stack == "encoder" else samples.decoder_offsets
 
 
 def embed(params: Params, activations: Activations) -> None:

@@ -66,8 +66,8 @@ def create(path: pathlib.Path, header: Header, beside: Collection[str] = ()) -> 
     array_files.write_text(path / JOURNAL, f"{line}\n")
 
 
-def reopen(path: pathlib.Path) -> PackedCheckpoint:
-    """Takes up a store where it was left, and drops what no line of its journal names.
+def reopen(path: pathlib.Path, *, clean: bool = True) -> PackedCheckpoint:
+    """Takes up a store where it was left; `clean` drops what no line of its journal names.
 
     Returns:
       What is committed; of each layer that can be some groups only.
@@ -76,7 +76,8 @@ def reopen(path: pathlib.Path) -> PackedCheckpoint:
       CheckpointError: the journal or a committed file is damaged.
     """
     try:
-        array_files.drop_cut_line(path / JOURNAL)
+        if clean:
+            array_files.drop_cut_line(path / JOURNAL)
         manifest = packed_manifest.from_journal((path / JOURNAL).read_bytes())
         checkpoint = packed_manifest.parse(path, manifest, complete=False)
     except CheckpointError:
@@ -88,7 +89,7 @@ def reopen(path: pathlib.Path) -> PackedCheckpoint:
         ) from error
     _check_files(checkpoint)
     for file in (*path.glob("params/*"), *path.glob("experts/*")):
-        if file.relative_to(path).as_posix() not in checkpoint.files:
+        if clean and file.relative_to(path).as_posix() not in checkpoint.files:
             file.unlink()
     return checkpoint
 
@@ -109,7 +110,24 @@ def commit_params(
 def commit_experts(
     path: pathlib.Path, stack: Stack, layer: int, start: int, experts: Mapping[str, Experts]
 ) -> FileEntry:
-    """Adds the experts from `start` on of one layer; `experts` maps matrix names to their records.
+    """Adds the experts from `start` on of one layer; see `write_experts`."""
+    group = write_experts(path, stack, layer, start, experts)
+    commit_line(path, packed_manifest.experts_line(stack, layer, group))
+    return group.file
+
+
+def write_experts(
+    path: pathlib.Path, stack: Stack, layer: int, start: int, experts: Mapping[str, Experts]
+) -> GroupEntry:
+    """Writes the experts from `start` on of one layer, which are not committed by that.
+
+    Args:
+      path: of the store.
+      stack, layer, start: where they stand.
+      experts: matrix names to their records.
+
+    Returns:
+      What the journal must hold of them.
 
     Raises:
       CheckpointError: the disk is full or cannot be written.
@@ -126,9 +144,16 @@ def commit_experts(
     }
     name = f"experts/{stack}.layers_{layer}.{start:04d}-{stop - 1:04d}.bin"
     file = array_files.write_arrays(path, name, arrays)
-    line = packed_manifest.experts_line(stack, layer, GroupEntry(start, stop, file))
+    return GroupEntry(start, stop, file)
+
+
+def commit_line(path: pathlib.Path, line: str) -> None:
+    """Adds a line to the journal, about what has been written (`packed_manifest.experts_line`).
+
+    Raises:
+      CheckpointError: the disk is full or cannot be written.
+    """
     array_files.append_line(path / JOURNAL, line)
-    return file
 
 
 def finish(path: pathlib.Path) -> PackedCheckpoint:

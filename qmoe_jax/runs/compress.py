@@ -38,6 +38,7 @@ from qmoe_jax.runs import (
     devices,
     groups,
     layer_experts,
+    processes,
     progress,
     records,
     resume,
@@ -120,6 +121,8 @@ def compress(
       ValueError: a setting that cannot be, too little text, a damaged checkpoint (CheckpointError).
       OSError: no room for the activation buffers.
     """
+    if not processes.here().first:
+        console = rich.console.Console(quiet=True)
     console = console or rich.console.Console()
     formats = Formats(
         codec=groups.check_storable(quantizer, codec),
@@ -169,8 +172,10 @@ def compress_samples(
     console: rich.console.Console,
 ) -> Report:
     """`compress` for an opened checkpoint and finished samples; `text_settings` say whence."""
-    chosen = devices.chosen(num_devices)
-    group_size = devices.experts_per_group(original.config, compute.experts_per_group, len(chosen))
+    chosen, all_processes = devices.chosen(num_devices), processes.here()
+    group_size = devices.experts_per_group(
+        original.config, compute.experts_per_group, len(chosen) * all_processes.count
+    )
     if quantizer.method == "rtn":
         samples = dataclasses.replace(samples, calibration=None)
     settings = {
@@ -193,11 +198,11 @@ def compress_samples(
         return report
     header = Header(original.config, formats.codec, settings, report.checkpoint)
     with (
-        resume.attempt(output, header, identity) as earlier,
-        tracks.kept_buffer_folder(compute.buffer_dir, output) as buffer_dir,
+        resume.attempt(output, header, identity, all_processes) as earlier,
+        tracks.kept_buffer_folder(compute.buffer_dir, output, all_processes.index) as buffer_dir,
         progress.showing(_total_work(original.config, followed), console) as shown,
     ):
-        if samples.vocabulary is not None:
+        if samples.vocabulary is not None and all_processes.first:
             vocabulary.keep(samples.vocabulary, output)
         shown.seconds.update(earlier.seconds)
         run = Run(
@@ -211,22 +216,38 @@ def compress_samples(
             group_size=group_size,
             halved=[],
             devices=chosen,
+            processes=all_processes,
             batch_tokens=devices.batch_tokens(compute.batch_tokens),
             buffer_dir=buffer_dir,
             shown=shown,
         )
         layers, losses = compress_blocks(run)
-        store = packed.finish(output)
-        report = records.finish(report, layers, losses, store.nbytes, shown)
-        report.machine.update(
-            attempts=earlier.attempts + 1,
-            halved_groups=run.halved,
-            overlap=timeline.overlap(shown.spans),  # of this attempt
-        )
-        timeline.save(shown.spans, output)
-        report_page.save(report, output)
-        resume.finish(output)
+        report = _report(run, report, layers, losses)
     console.print(reports.summary(report))
+    return report
+
+
+def _report(
+    run: Run, report: Report, layers: list[LayerRecord], losses: dict[str, SampleLosses]
+) -> Report:
+    """Finishes the checkpoint and all that lies beside it."""
+    shown, output = run.shown, run.output
+    with processes.together(run.processes, f"finishing {output}"):
+        if run.processes.first:
+            packed.finish(output)
+    nbytes = packed.open_checkpoint(output).nbytes
+    report = records.finish(report, layers, losses, nbytes, shown)
+    report.machine.update(
+        attempts=run.earlier.attempts + 1,
+        processes=run.processes.count,
+        halved_groups=run.halved,
+        overlap=timeline.overlap(shown.spans),  # of this attempt and process
+    )
+    with processes.together(run.processes, f"finishing {output}"):
+        if run.processes.first:
+            timeline.save(shown.spans, output)
+            report_page.save(report, output)
+            resume.finish(output)
     return report
 
 
@@ -282,7 +303,9 @@ def compress_block(
     left = tracks.still_needed(config, stack, layer, states)
     states = {name: walk.advance(state) for name, state in left.items()}
     with progress.timed(run.shown, "snapshots"):
-        resume.finish_block(run.output, stack, layer, record, states, run.shown.seconds)
+        resume.finish_block(
+            run.output, run.processes, stack, layer, record, states, run.shown.seconds
+        )
     progress.line(run.shown, f"{where}: {tokens:,} tokens, {time.perf_counter() - begun:.1f} s")
     return states, record
 
@@ -291,7 +314,7 @@ def _commit_params(run: Run, name: str, stored: dict[str, np.ndarray]) -> None:
     """Commits parameters, unless an earlier attempt has: then they must be the same."""
     if stored.keys() <= run.earlier.store.params.keys():
         packed.check_params(run.earlier.store, stored, f"CHECKPOINT_PATH {run.original.path}")
-    else:
+    elif run.processes.first:
         packed.commit_params(run.output, name, stored)
 
 

@@ -13,6 +13,7 @@ from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.models.config import Stack
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.runs.groups import Formats
+from qmoe_jax.runs.processes import Processes
 from qmoe_jax.runs.progress import Progress
 from qmoe_jax.runs.resume import Earlier
 from qmoe_jax.runs.tracks import Track, Version
@@ -33,7 +34,8 @@ class Run:
     keep: Mapping[Stack, np.ndarray | None]  # positions that the Hessians count
     group_size: int  # experts
     halved: list[int]  # group sizes that took its place, each when the device ran out of memory
-    devices: list[Any]
+    devices: list[Any]  # of this process
+    processes: Processes
     batch_tokens: int
     buffer_dir: pathlib.Path | None
     shown: Progress

@@ -14,7 +14,7 @@ from qmoe_jax.calibration.walk import Activations, Routes, SampleLosses
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import Stack
-from qmoe_jax.runs import progress, tracks, work, workers
+from qmoe_jax.runs import processes, progress, tracks, travel, work, workers
 from qmoe_jax.runs.compression import Run, VersionParams
 from qmoe_jax.runs.resume import FinishedBlock
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
@@ -32,7 +32,8 @@ def begin(
     newest = run.earlier.newest(stack)
     if newest is not None:
         try:
-            states = _restore(run, newest, followed, encoded)
+            with processes.together(run.processes, "going on"):
+                states = _restore(run, newest, followed, encoded)
         except (OSError, ValueError) as error:
             walked = f"walking the {stack} again, without solving what is committed"
             run.shown.console.print(f"{error}: {walked}", soft_wrap=True)
@@ -98,7 +99,16 @@ def finish(
             walk.finish(outer[worker.place][t.version], own, run.formats.dtype)
 
     workers.on_each(run.devices, share)
-    return {t.name: states[t.name].updated for t in followed}
+    return {t.name: _following(run, states[t.name]) for t in followed}
+
+
+def _following(run: Run, state: Activations) -> TokenBuffer:
+    """A stack's outputs at the process that needs them: the encoder's, where their samples go."""
+    if run.processes.alone or state.stack == "decoder":
+        return state.updated
+    count = run.processes.count
+    owners = walk.owners(state.samples, "decoder", run.batch_tokens, count)
+    return travel.follow_samples(state, state.updated, owners, run.processes.index)
 
 
 def losses(run: Run, track: Track, outer: list[VersionParams], state: Activations) -> SampleLosses:
@@ -109,7 +119,8 @@ def losses(run: Run, track: Track, outer: list[VersionParams], state: Activation
         return walk.losses(run.original.config, params, tracks.share(state, worker))
 
     parts = workers.on_each(run.devices, share)
-    return SampleLosses(np.sum([part.total for part in parts], axis=0), parts[0].targets)
+    total = np.sum([part.total for part in parts], axis=0)
+    return SampleLosses(processes.total(run.processes, total), parts[0].targets)
 
 
 def params_on_each(run: Run, read: Mapping[str, np.ndarray]) -> list[VersionParams]:
@@ -128,6 +139,7 @@ def _prepare(run: Run, track: Track, stack: Stack, encoded) -> Activations:
         run.original.config.emb_dim,
         run.formats.dtype,
         batch_tokens=run.batch_tokens,
+        processes=run.processes,
         buffer_dir=run.buffer_dir,
         encoded=encoded.get(track.name),
     )
@@ -145,6 +157,7 @@ def _restore(
             run.original.config.emb_dim,
             run.formats.dtype,
             batch_tokens=run.batch_tokens,
+            processes=run.processes,
             buffer_dir=run.buffer_dir,
             encoded=encoded.get(track.name),
         )

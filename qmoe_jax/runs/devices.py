@@ -29,17 +29,27 @@ def chosen(number: int | None) -> list[Any]:
     """The first devices of this process; None: all.
 
     Raises:
-      ValueError: there are not so many; or several processes were started.
+      ValueError: there are not so many.
     """
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"compress uses the devices of one process, but {jax.process_count()} were started "
-            "(jax.distributed): start one"
-        )
     found = jax.local_devices()
     if number is not None and not 1 <= number <= len(found):
         raise ValueError(f"NUM_DEVICES is {number}; expected 1 to {len(found)}, which are there")
     return found[:number]
+
+
+def join_processes(coordinator: str | None, count: int | None, index: int | None) -> None:
+    """Makes this process one of several; to be called before JAX is used. None: detected.
+
+    Raises:
+      ValueError: they are not found, or not all given.
+    """
+    try:
+        jax.distributed.initialize(coordinator, count, index)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"--multiprocess_gpu: the processes do not find each other ({error}); give "
+            "--coordinator_address=HOST:PORT, --process_count and --process_index to each"
+        ) from error
 
 
 def batch_tokens(wanted: int | None) -> int:

@@ -24,7 +24,17 @@ from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models.block import Block
 from qmoe_jax.quantization.gptq import Quantized
 from qmoe_jax.report import BESIDE, LayerRecord
-from qmoe_jax.runs import devices, groups, progress, resume, tracks, work, workers
+from qmoe_jax.runs import (
+    devices,
+    groups,
+    processes,
+    progress,
+    resume,
+    tracks,
+    travel,
+    work,
+    workers,
+)
 from qmoe_jax.runs.compression import Run, VersionParams
 from qmoe_jax.runs.groups import HessianTokens, Kernels, SolvedGroup
 from qmoe_jax.runs.progress import Progress
@@ -88,8 +98,14 @@ def compress_experts(
     """
     begun = time.perf_counter()
     num_experts = block.config.num_experts
-    assigned = {name: experts.assign(found, num_experts) for name, found in routes.items()}
     needed = tracks.still_needed(block.config, block.stack, number, states)
+    visits = {}
+    if not run.processes.alone:
+        for name in states:
+            visits[name] = travel.to_experts(run.processes, num_experts, states[name], routes[name])
+        at_home, states = states, {n: travel.at_experts(states[n], v) for n, v in visits.items()}
+        routes = {name: visit.routes for name, visit in visits.items()}
+    assigned = {name: experts.assign(found, num_experts) for name, found in routes.items()}
     layer = _Layer(
         block=block,
         number=number,
@@ -98,13 +114,20 @@ def compress_experts(
         routes=routes,
         assigned=assigned,
         followed=tracks.followed(run.tracks, needed),
-        hessian_tokens=_hessian_tokens(run, block, states, routes, assigned),
+        hessian_tokens=_hessian_tokens(run, block, states, routes, assigned, visits),
         where=where,
     )
     with contextlib.closing(_read(run, layer)) as read:
         take = pipeline.shared(read)
         found = workers.on_each(run.devices, lambda worker: _work(run, layer, worker, take))
-    solved = sorted((group for part in found for group in part), key=lambda group: group.start)
+    solved = [group for part in found for group in part]
+    if not run.processes.alone:
+        for track in layer.followed:
+            travel.home(visits[track.name], at_home[track.name])
+        records = [resume.group_record(block.stack, number, group) for group in solved]
+        parts = processes.gather(run.processes, records)
+        solved = [resume.solved_group(record) for part in parts for record in part]
+    solved.sort(key=lambda group: group.start)
     return groups.layer_record(block.stack, number, solved, time.perf_counter() - begun)
 
 
@@ -128,7 +151,7 @@ def _work(
             if read is None:
                 break
             if read.stored is not None:
-                solved.append(_apply_committed(at, read.group, read.stored))
+                solved += _apply_committed(at, read.group, read.stored)
             else:
                 for part in _parts(read.group, _group_size(run)):
                     solved += _compress_group(at, part)
@@ -141,18 +164,23 @@ def _read(run: Run, layer: _Layer) -> Generator[_Read]:
     """What an earlier attempt committed, then the experts that are left."""
     stack, number, versions = layer.block.stack, layer.number, _versions(layer.followed)
     entries = run.earlier.store.groups.get((stack, number), ())
+    own = run.processes.own(layer.block.config.num_experts)
     for entry in entries:
-        size, stored = entry.stop - entry.start, {}
-        group = ExpertGroup(entry.start, entry.stop, {})
+        start, stop = max(entry.start, own.start), min(entry.stop, own.stop)
+        if start >= stop:
+            continue
+        size, stored = stop - start, {}
+        group = ExpertGroup(start, stop, {})
         with progress.timed(run.shown, f"read{BESIDE}"):
             if versions - {"compressed"}:
-                group = next(run.original.expert_groups(stack, number, size, entry.start))
+                group = next(run.original.expert_groups(stack, number, size, start))
             if "compressed" in versions:
                 stored = packed.read_group(run.earlier.store, entry)
-                stored = {name: source.dense_kernel(stored[name], 0, size) for name in stored}
+                at = start - entry.start
+                stored = {name: source.dense_kernel(stored[name], at, size) for name in stored}
         yield _Read(group, stored)
         del group, stored
-    for first, last in _gaps(entries, layer.block.config.num_experts):
+    for first, last in _gaps(entries, own):
         left = run.original.expert_groups(stack, number, _group_size(run), first)
         while first < last:
             with progress.timed(run.shown, f"read{BESIDE}"):
@@ -162,25 +190,31 @@ def _read(run: Run, layer: _Layer) -> Generator[_Read]:
             del group  # the caller alone holds a group, and can free it before the next
 
 
-def _gaps(entries: Iterable[GroupEntry], num_experts: int) -> Iterator[tuple[int, int]]:
-    """Ranges of experts that no entry holds."""
-    at = 0
+def _gaps(entries: Iterable[GroupEntry], own: range) -> Iterator[tuple[int, int]]:
+    """Ranges of this process's experts that no entry holds."""
+    at = own.start
     for entry in entries:
-        if entry.start > at:
-            yield at, entry.start
-        at = entry.stop
-    if at < num_experts:
-        yield at, num_experts
+        if at < entry.start and at < own.stop:
+            yield at, min(entry.start, own.stop)
+        at = max(at, entry.stop)
+    if at < own.stop:
+        yield at, own.stop
 
 
-def _apply_committed(at: _Place, group: ExpertGroup, stored: dict[str, np.ndarray]) -> SolvedGroup:
-    """Runs the tokens of a group that an earlier attempt committed; returns its record."""
+def _apply_committed(
+    at: _Place, group: ExpertGroup, stored: dict[str, np.ndarray]
+) -> list[SolvedGroup]:
+    """Runs the tokens of a group that an earlier attempt committed; its record, if it begins here.
+
+    Another number of processes may have committed more experts together.
+    """
     started, stack, number = time.perf_counter(), at.layer.block.stack, at.layer.number
     original = groups.on_device(stack, number, group)
     compressed = {name: devices.to_device(array) for name, array in stored.items()}
     _run_group(at, group, original, compressed)
     _advance(at, group, started)
-    return at.run.earlier.groups[stack, number, group.start]
+    record = at.run.earlier.groups.get((stack, number, group.start))
+    return [] if record is None else [record]
 
 
 def _compress_group(at: _Place, group: ExpertGroup) -> list[Future[SolvedGroup]]:
@@ -232,13 +266,11 @@ def _compress_halves(at: _Place, group: ExpertGroup) -> list[Future[SolvedGroup]
 
 
 def _pack(at: _Place, group: ExpertGroup, quantized: Mapping[str, Quantized]) -> SolvedGroup:
-    """Commits a group; its record is there first."""
     run, stack, number = at.run, at.layer.block.stack, at.layer.number
     with progress.timed(run.shown, f"pack{BESIDE}"), workers.on_device(at.worker):
         tokens = at.layer.hessian_tokens
         result = groups.pack(run.quantizer, run.formats, group, quantized, tokens)
-        resume.log_group(run.output, stack, number, result)
-        packed.commit_experts(run.output, stack, number, group.start, result.packed)
+        resume.commit_group(run.output, run.processes, stack, number, result)
         return dataclasses.replace(result, packed={})
 
 
@@ -271,15 +303,19 @@ def _advance(at: _Place, group: ExpertGroup, started: float) -> None:
     progress.advance(run.shown, done, where, routed, time.perf_counter() - started)
 
 
-def _hessian_tokens(run: Run, block: Block, states, routes, assigned) -> HessianTokens | None:
+def _hessian_tokens(
+    run: Run, block: Block, states, routes, assigned, visits
+) -> HessianTokens | None:
     if CALIBRATION not in states:
         return None
     num_experts = block.config.num_experts
-    counted = experts.assign(routes[CALIBRATION], num_experts, run.keep[block.stack])
+    keep = travel.keep_of(run.keep, block.stack, visits.get(CALIBRATION))
+    counted = experts.assign(routes[CALIBRATION], num_experts, keep)
+    number = int(processes.total(run.processes, np.asarray(len(counted.rows))))
     return HessianTokens(
         buffer=states[CALIBRATION].updated,
         counted=counted,
-        cap=experts.token_cap(counted, run.quantizer.token_cap),
+        cap=experts.token_cap(number, num_experts, run.quantizer.token_cap),
         routed=np.diff(assigned[CALIBRATION].starts).tolist(),
     )
 

@@ -3,6 +3,7 @@
 
     unfinished/lock       held by the process at work
     unfinished/run.jsonl  what the run is; then a line for each attempt, group of experts and block
+    unfinished/process-*  what other processes than the first committed in the block at work
     unfinished/*.bin      the activations after the newest block, and after the encoder's last
 
 All lies in the folder of the packed checkpoint, until that is finished. Packed experts and
@@ -23,13 +24,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from qmoe_jax.calibration.walk import Activations
-from qmoe_jax.checkpoints import array_files, packed
+from qmoe_jax.checkpoints import array_files, packed, packed_manifest
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import Header, PackedCheckpoint
 from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.report import LayerRecord, MatrixRecord
+from qmoe_jax.runs import processes as processes_lib
 from qmoe_jax.runs import snapshots
 from qmoe_jax.runs.groups import SolvedGroup
+from qmoe_jax.runs.processes import Processes
 from qmoe_jax.runs.snapshots import Snapshot
 
 FOLDER = "unfinished"
@@ -112,15 +115,40 @@ def check_same(output: pathlib.Path, identity: Mapping[str, Any]) -> bool:
 
 
 @contextlib.contextmanager
-def attempt(output: pathlib.Path, header: Header, identity: Mapping[str, Any]) -> Iterator[Earlier]:
+def attempt(
+    output: pathlib.Path, header: Header, identity: Mapping[str, Any], processes: Processes
+) -> Iterator[Earlier]:
     """Begins a run in a folder, or goes on with the one that was begun there.
 
-    Nobody else can do so in the block. `finish` ends the run; until then an attempt may follow.
+    Nobody else can do so in the block. `finish` ends the run; until then an attempt may follow. All
+    of several processes call this; the first alone writes here.
 
     Raises:
       CheckpointError: see `check` and `check_same`; another process is at work there; the folder
         cannot be written, or what is in it is damaged.
     """
+    file = output / FOLDER / LOG
+    with contextlib.ExitStack() as held:
+        with processes_lib.together(processes, f"opening {output}"):
+            if processes.first:
+                held.enter_context(_opened(output, header, identity))
+        with processes_lib.together(processes, f"opening {output}"):
+            store = packed.reopen(output, clean=False)
+            earlier = _read(file, store)
+            if not processes.first:
+                array_files.write_text(_own_file(output, processes), "")
+        if processes.first:
+            _append(output, {"attempt": earlier.attempts + 1})
+        try:
+            yield earlier
+        except Exception as error:
+            error.add_note(f"{output} keeps what is committed: the same command goes on from there")
+            raise
+
+
+@contextlib.contextmanager
+def _opened(output: pathlib.Path, header: Header, identity: Mapping[str, Any]) -> Iterator[None]:
+    """The folder of a run, made or taken up, with all that processes committed in the store."""
     check(output)
     with _locked(output):
         file = output / FOLDER / LOG
@@ -129,33 +157,69 @@ def attempt(output: pathlib.Path, header: Header, identity: Mapping[str, Any]) -
         if not (output / packed.JOURNAL).exists():
             packed.create(output, header, beside=[FOLDER])
         array_files.drop_cut_line(file)
+        _take_over(output)
         store = packed.reopen(output)
         if store.header.config != header.config:
             raise CheckpointError(
                 f"{output} holds an unfinished compression of a model of other sizes: choose "
                 "another OUTPUT_DIR"
             )
-        earlier = _read(file, store)
-        _append(output, {"attempt": earlier.attempts + 1})
-        try:
-            yield earlier
-        except Exception as error:
-            error.add_note(f"{output} keeps what is committed: the same command goes on from there")
-            raise
+        yield
 
 
-def log_group(output: pathlib.Path, stack: Stack, layer: int, solved: SolvedGroup) -> None:
-    """Records a group that is about to be committed.
+def commit_group(
+    output: pathlib.Path, processes: Processes, stack: Stack, layer: int, solved: SolvedGroup
+) -> None:
+    """Commits a group of experts; its record is there first.
 
     Raises:
       CheckpointError: the disk is full or cannot be written.
     """
+    group = packed.write_experts(output, stack, layer, solved.start, solved.packed)
+    line = packed_manifest.experts_line(stack, layer, group)
+    record = group_record(stack, layer, solved)
+    if processes.first:
+        _append(output, record)
+        packed.commit_line(output, line)
+    else:  # one writes to a file
+        both = json.dumps({"record": record, "line": line})
+        array_files.append_line(_own_file(output, processes), both)
+
+
+def group_record(stack: Stack, layer: int, solved: SolvedGroup) -> dict[str, Any]:
+    """What is kept of a group beside its weights, as JSON values."""
     record = dataclasses.asdict(dataclasses.replace(solved, packed={}))
-    _append(output, {"stack": stack, "layer": layer, "group": record})
+    return {"stack": stack, "layer": layer, "group": record}
+
+
+def solved_group(record: dict[str, Any]) -> SolvedGroup:
+    """The inverse of `group_record`."""
+    value = record["group"]
+    return SolvedGroup(**{**value, "matrices": _matrices(value)})
+
+
+def _own_file(output: pathlib.Path, processes: Processes) -> pathlib.Path:
+    return output / FOLDER / f"process-{processes.index}.jsonl"
+
+
+def _take_over(output: pathlib.Path) -> None:
+    """Puts what other processes committed where the first one keeps it, and removes their files."""
+    files = sorted((output / FOLDER).glob("process-*.jsonl"))
+    known = (output / packed.JOURNAL).read_text()
+    for file in files:
+        array_files.drop_cut_line(file)
+        for text in file.read_text().splitlines():
+            both = json.loads(text)
+            if both["line"] not in known:
+                _append(output, both["record"])
+                packed.commit_line(output, both["line"])
+    for file in files:
+        file.unlink()
 
 
 def finish_block(
     output: pathlib.Path,
+    processes: Processes,
     stack: Stack,
     layer: int,
     record: LayerRecord | None,
@@ -169,15 +233,23 @@ def finish_block(
     """
     folder = output / FOLDER
     suffix = f"{stack}.layers_{layer}.bin"
-    taken = {
-        name: snapshots.take(state.current.data, folder / f"{name}.{suffix}")
-        for name, state in states.items()
-    }
+    taken = {}
+    for name, state in states.items():
+        file = folder / f"{name}.{suffix}"
+        if processes.alone:
+            taken[name] = snapshots.take(state.current.data, file)
+        else:
+            taken[name] = snapshots.take_shared(processes, state, file)
     block = FinishedBlock(stack, layer, record, taken, dict(seconds))
-    _append(output, {"block": dataclasses.asdict(block)})
-    for file in folder.glob(f"*.{stack}.layers_*.bin"):
-        if not file.name.endswith(f".{suffix}"):
-            file.unlink()
+    with processes_lib.together(processes, f"finishing {stack}/layers_{layer}"):
+        if processes.first:
+            _take_over(output)
+            _append(output, {"block": dataclasses.asdict(block)})
+            for file in folder.glob(f"*.{stack}.layers_*.bin"):
+                if not file.name.endswith(f".{suffix}"):
+                    file.unlink()
+    if not processes.first:
+        array_files.write_text(_own_file(output, processes), "")
 
 
 def finish(output: pathlib.Path) -> None:
@@ -245,7 +317,7 @@ def _read(file: pathlib.Path, store: PackedCheckpoint) -> Earlier:
     try:
         for line in _lines(file):
             if "group" in line:
-                solved = _solved_group(line["group"])
+                solved = solved_group(line)
                 groups[line["stack"], line["layer"], solved.start] = solved
             elif "block" in line:
                 block = _finished_block(line["block"])
@@ -258,10 +330,6 @@ def _read(file: pathlib.Path, store: PackedCheckpoint) -> Earlier:
     except (ValueError, LookupError, TypeError) as error:
         raise _damaged(file, error) from error
     return Earlier(store, {key: groups[key] for key in committed}, blocks, attempts)
-
-
-def _solved_group(value: dict[str, Any]) -> SolvedGroup:
-    return SolvedGroup(**{**value, "matrices": _matrices(value)})
 
 
 def _finished_block(value: dict[str, Any]) -> FinishedBlock:

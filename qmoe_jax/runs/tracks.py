@@ -23,6 +23,7 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.runs import devices, snapshots
+from qmoe_jax.runs.processes import Processes
 from qmoe_jax.runs.snapshots import Snapshot
 from qmoe_jax.runs.workers import Worker
 
@@ -129,8 +130,10 @@ def buffer_folder(parent: str | None) -> Generator[pathlib.Path | None]:
 
 
 @contextlib.contextmanager
-def kept_buffer_folder(parent: str | None, output: pathlib.Path) -> Generator[pathlib.Path | None]:
-    """A folder for the buffer files of the run that writes to `output`; None: they are in memory.
+def kept_buffer_folder(
+    parent: str | None, output: pathlib.Path, process: int
+) -> Generator[pathlib.Path | None]:
+    """A folder for a process's buffer files, of the run that writes to `output`; None: in memory.
 
     It is removed when the block ends well, and else there again in the run's next attempt.
     """
@@ -138,7 +141,7 @@ def kept_buffer_folder(parent: str | None, output: pathlib.Path) -> Generator[pa
         yield None
         return
     name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    folder = array_files.local_folder(parent).resolve() / f"qmoe_jax-{name}"
+    folder = array_files.local_folder(parent).resolve() / f"qmoe_jax-{name}-{process}"
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
     shutil.rmtree(folder)
@@ -170,6 +173,7 @@ def restore(
     dtype: np.dtype,
     *,
     batch_tokens: int,
+    processes: Processes,
     buffer_dir: pathlib.Path | None,
     encoded: TokenBuffer | None,
 ) -> Activations:
@@ -181,7 +185,7 @@ def restore(
     """
     snapshots.check_size(snapshot)
     folder = track_folder(track, buffer_dir)
-    kept = snapshot.path if snapshot.path.parent == folder else None
+    kept = snapshot.path if processes.alone and snapshot.path.parent == folder else None
     remove_buffers(track, stack, buffer_dir, but=kept)
     state = walk.prepare(
         track.samples,
@@ -189,11 +193,15 @@ def restore(
         width,
         dtype,
         batch_tokens=batch_tokens,
+        part=(processes.index, processes.count),
         encoded=encoded,
         folder=folder,
         kept=kept,
     )
-    snapshots.load(snapshot, state.current.data)
+    if processes.alone:
+        snapshots.load(snapshot, state.current.data)
+    else:
+        snapshots.load_shared(processes, snapshot, state)
     return state
 
 
@@ -213,6 +221,7 @@ def prepare(
     dtype: np.dtype,
     *,
     batch_tokens: int,
+    processes: Processes = Processes(),  # noqa: B008, frozen
     buffer_dir: pathlib.Path | None,
     encoded: TokenBuffer | None,
 ) -> Activations:
@@ -227,6 +236,7 @@ def prepare(
         width,
         dtype,
         batch_tokens=batch_tokens,
+        part=(processes.index, processes.count),
         encoded=encoded,
         folder=track_folder(track, buffer_dir),
     )

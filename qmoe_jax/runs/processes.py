@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several processes at work on one run (`jax.distributed`), and what they tell each other.
+
+Small things only: records, counts, errors. Activations travel in rounds: `calibration/exchange.py`.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import Shaped
+
+from qmoe_jax.checkpoints.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    index: int = 0
+    count: int = 1
+
+    @property
+    def alone(self) -> bool:
+        return self.count == 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes what there is one of."""
+        return self.index == 0
+
+    def own(self, items: int) -> range:
+        """This process's part of so many items that stand in a row."""
+        return range(items * self.index // self.count, items * (self.index + 1) // self.count)
+
+    def bounds(self, items: int) -> list[int]:
+        """Where the parts of all processes end."""
+        return [items * (index + 1) // self.count for index in range(self.count)]
+
+
+def here() -> Processes:
+    """As `jax.distributed.initialize` has it; one process alone where it was not called."""
+    return Processes(jax.process_index(), jax.process_count())
+
+
+def barrier(processes: Processes, name: str) -> None:
+    """Waits until all processes have come here."""
+    if not processes.alone:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather(processes: Processes, value: Any) -> list[Any]:
+    """A small JSON value of every process, in their order, on all of them."""
+    if processes.alone:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(data.size)))
+    padded = np.zeros(int(sizes.max()), np.uint8)
+    padded[: data.size] = data
+    rows = np.asarray(multihost_utils.process_allgather(padded))
+    return [
+        json.loads(row[:size].tobytes()) for row, size in zip(rows, sizes.tolist(), strict=True)
+    ]
+
+
+def total(
+    processes: Processes, values: Shaped[np.ndarray, "*shape"]
+) -> Shaped[np.ndarray, "*shape"]:
+    """The sum over all processes, in their order and the dtype of `values`."""
+    if processes.alone:
+        return values
+    data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)  # JAX would cut off 64 bits
+    rows = np.asarray(multihost_utils.process_allgather(data))
+    return np.sum([row.view(values.dtype) for row in rows], axis=0).reshape(values.shape)
+
+
+@contextlib.contextmanager
+def together(processes: Processes, what: str) -> Iterator[None]:
+    """A step that fails on all processes if it fails on one.
+
+    Raises:
+      CheckpointError: on the others, with what the one said.
+    """
+    if processes.alone:
+        yield
+        return
+    try:
+        yield
+    except Exception as error:
+        gather(processes, str(error))
+        raise
+    failed = [(i, said) for i, said in enumerate(gather(processes, None)) if said is not None]
+    if failed:
+        index, said = failed[0]
+        raise CheckpointError(f"{what} failed on process {index}: {said}")
