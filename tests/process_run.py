@@ -6,9 +6,11 @@ import os
 import sys
 
 from qmoe_jax import main
+from qmoe_jax.calibration import exchange
 from qmoe_jax.runs import groups
 
 if __name__ == "__main__":
+    exchange.ROUND_BYTES = 1 << 14  # many rounds, of the little that there is
     stop_at, *arguments = sys.argv[1:]
     if stop_at != "-":  # the process and the number of groups after which it dies
         index, number = json.loads(stop_at)

@@ -65,7 +65,7 @@ def _travel(
     """`values` by destination; gives what comes by origin. Bytes, whatever they mean."""
     rest, dtype = values.shape[1:], values.dtype
     width = int(np.prod(rest, dtype=np.int64)) * dtype.itemsize
-    data = np.ascontiguousarray(values).reshape(len(values), -1).view(np.uint8)
+    data = np.ascontiguousarray(values).view(np.uint8).reshape(len(values), width)
     out = np.empty((int(counts[:, index].sum()), width), np.uint8)
     from_here, to_here = _starts(counts[index]), _starts(counts[:, index])
     for start, size in _rounds(counts, width):
@@ -77,7 +77,7 @@ def _travel(
         for other in range(mesh.size):
             place = out[to_here[other] : to_here[other + 1]][start : start + size]
             place[...] = came[other, : len(place)]
-    return out.view(dtype).reshape(-1, *rest)
+    return out.view(dtype).reshape(len(out), *rest)
 
 
 def _rounds(counts: np.ndarray, width: int) -> Iterator[tuple[int, int]]:

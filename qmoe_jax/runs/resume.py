@@ -142,6 +142,8 @@ def attempt(
         try:
             yield earlier
         except Exception as error:
+            if not processes.alone:
+                error.add_note("if another process ended first, what it said is the cause")
             error.add_note(f"{output} keeps what is committed: the same command goes on from there")
             raise
 
