@@ -28,6 +28,7 @@ from qmoe_jax.runs import (
     import_pack,
     infer,
     inspect_checkpoint,
+    plan,
     train,
 )
 
@@ -39,6 +40,7 @@ RUN_MODES: dict[str, tuple[Callable[..., Any], str | None]] = {
     "import": (import_pack.import_pack, "output_dir"),
     "infer": (infer.infer, "infer_output_dir"),
     "inspect": (inspect_checkpoint.inspect_checkpoint, None),
+    "plan": (plan.plan, None),
     "train": (train.train, "model_dir"),
 }
 RESUMED = {"compress", "infer", "train"}  # go on from what is finished

@@ -52,6 +52,8 @@ class Source:
     nbytes: int  # of all parameters as stored
     read: Callable[[Sequence[str]], Mapping[str, Shaped[np.ndarray, "..."]]]
     expert_groups: ExpertGroups
+    # Of disk, for the chunks of one layer that `expert_groups` keeps there.
+    scratch_bytes: Callable[[], int] = lambda: 0
 
 
 def open_source(
@@ -107,6 +109,13 @@ def _t5x_source(
             arrays = {names[path]: array for path, array in group.arrays.items()}
             yield dataclasses.replace(group, arrays=arrays)
 
+    def scratch_bytes() -> int:
+        layers = [(s, layer) for s in configs.STACKS for layer in configs.sparse_layers(config, s)]
+        stack, layer = layers[0]
+        prefix = f"{stack}/layers_{layer}/mlp/expert"
+        names = [f"{prefix}/{name}/kernel" for name in configs.expert_matrices(config)]
+        return t5x_experts.scratch_bytes(checkpoint, names, memory_budget)
+
     return Source(
         path=checkpoint.path,
         format="t5x",
@@ -115,6 +124,7 @@ def _t5x_source(
         nbytes=t5x.nbytes(checkpoint),
         read=functools.partial(t5x.read_many, checkpoint),
         expert_groups=expert_groups,
+        scratch_bytes=scratch_bytes,
     )
 
 

@@ -13,7 +13,7 @@ Whatever stops a run, the same command goes on after the last group of experts t
 import dataclasses
 import pathlib
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,8 @@ from qmoe_jax.runs import (
     devices,
     groups,
     layer_experts,
+    machine,
+    needs,
     processes,
     progress,
     records,
@@ -196,6 +198,8 @@ def compress_samples(
         left = "; a run that was stopped would go on" if begun else ""
         console.print(f"dry run: inputs are sound, nothing was written{left}", soft_wrap=True)
         return report
+    if all_processes.alone and not (output / resume.FOLDER).exists():
+        _check_room(original, samples, followed, quantizer, formats, compute, group_size, output)
     header = Header(original.config, formats.codec, settings, report.checkpoint)
     with (
         resume.attempt(output, header, identity, all_processes) as earlier,
@@ -225,6 +229,40 @@ def compress_samples(
         report = _report(run, report, layers, losses)
     console.print(reports.summary(report))
     return report
+
+
+def _check_room(
+    original: Source,
+    samples: Samples,
+    followed: Sequence[Track],
+    quantizer: Quantizer,
+    formats: Formats,
+    compute: Compute,
+    group_size: int,
+    output: pathlib.Path,
+) -> None:
+    """Refuses what certainly does not fit, before anything is read; `plan` tells more."""
+    none: dict[Stack, int] = dict.fromkeys(STACKS, 0)
+    sets = {"calibration": samples.calibration, "validation": samples.validation}
+    tokens = {name: tracks.tokens_of(found) if found else none for name, found in sets.items()}
+    how = needs.How(
+        quantizer=quantizer,
+        codec=formats.codec,
+        activation_bytes=formats.dtype.itemsize,
+        store_bytes=formats.store_dtype.itemsize,
+        source_bytes=needs.stored_bytes(original),
+        group_size=group_size,
+        batch_tokens=devices.batch_tokens(compute.batch_tokens),
+        num_devices=1,
+        read_budget=compute.read_budget,
+        mapped=compute.buffer_dir is not None,
+    )
+    versions = sum(track.name != CALIBRATION for track in followed)
+    work_wanted = needs.Work(tokens["calibration"], tokens["validation"], versions)
+    needed = needs.needs(original.config, work_wanted, how, original.scratch_bytes())
+    found = machine.detect(None, str(output), compute.buffer_dir, compute.scratch_dir)
+    if lacking := needs.lacking(needed, found, certain=True):
+        raise ValueError(f"this does not fit. {'; '.join(lacking)} (--run_mode=plan tells more)")
 
 
 def _report(

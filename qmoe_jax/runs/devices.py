@@ -52,15 +52,24 @@ def join_processes(coordinator: str | None, count: int | None, index: int | None
         ) from error
 
 
-def batch_tokens(wanted: int | None) -> int:
-    """Padded positions in a batch of the dense part: `wanted`, or what suits the device."""
+def batch_tokens(wanted: int | None, accelerator: bool | None = None) -> int:
+    """Padded positions in a batch of the dense part: `wanted`, or what suits the device at hand.
+
+    `accelerator` says of a described device whether it is one.
+    """
     if wanted is not None:
         return wanted
-    return CPU_BATCH_TOKENS if jax.devices()[0].platform == "cpu" else BATCH_TOKENS
+    if accelerator is None:
+        accelerator = jax.devices()[0].platform != "cpu"
+    return BATCH_TOKENS if accelerator else CPU_BATCH_TOKENS
 
 
-def experts_per_group(config: SwitchConfig, wanted: int | None, num_devices: int = 1) -> int:
+def experts_per_group(
+    config: SwitchConfig, wanted: int | None, num_devices: int = 1, memory: int | None = None
+) -> int:
     """How many experts a device solves together: `wanted`, or about what fits, a share at most.
+
+    `memory` is a described device's; None: that of the one at hand.
 
     Raises:
       ValueError: fewer than one wanted.
@@ -70,7 +79,7 @@ def experts_per_group(config: SwitchConfig, wanted: int | None, num_devices: int
             raise ValueError(f"EXPERTS_PER_GROUP is {wanted}; expected 1 or more")
         return min(wanted, config.num_experts)
     experts = config.num_experts
-    fitting = min(-(-experts // num_devices), max(1, _group_budget() // group_bytes(config)))
+    fitting = min(-(-experts // num_devices), max(1, _group_budget(memory) // group_bytes(config)))
     # A last group of another size would compile all programs again.
     equal = max(size for size in range(1, fitting + 1) if experts % size == 0)
     return equal if 2 * equal >= fitting else fitting
@@ -153,11 +162,10 @@ def description() -> str:
     return f"{len(devices)} x {devices[0].device_kind}"
 
 
-def _group_budget() -> int:
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return int(stats["bytes_limit"] * DEVICE_SHARE)
-    return CPU_GROUP_BYTES
+def _group_budget(memory: int | None) -> int:
+    if memory is None:
+        memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return CPU_GROUP_BYTES if memory is None else int(memory * DEVICE_SHARE)
 
 
 def to_device(array: np.ndarray) -> jax.Array:

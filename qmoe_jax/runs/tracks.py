@@ -64,9 +64,15 @@ def num_tokens(tracks: Iterable[Track]) -> dict[Stack, int]:
     """Tokens of all samples of some tracks, in each stack."""
     counts: dict[Stack, int] = dict.fromkeys(STACKS, 0)
     for track in tracks:
-        counts["encoder"] += int(track.samples.encoder_offsets[-1])
-        counts["decoder"] += int(track.samples.decoder_offsets[-1])
+        for stack, number in tokens_of(track.samples).items():
+            counts[stack] += number
     return counts
+
+
+def tokens_of(samples: SampleSet) -> dict[Stack, int]:
+    """Tokens of samples, in each stack."""
+    ends = (samples.encoder_offsets[-1], samples.decoder_offsets[-1])
+    return {stack: int(end) for stack, end in zip(STACKS, ends, strict=True)}
 
 
 def followed(tracks: Iterable[Track], states: Mapping[str, Activations]) -> list[Track]:

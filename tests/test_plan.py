@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run will need: on paper for the released models, against small real runs."""
+
+import dataclasses
+import io
+import pathlib
+import re
+
+import gin
+import pytest
+import rich.console
+
+from qmoe_jax import main
+from qmoe_jax.calibration import buffers
+from qmoe_jax.calibration.text import Text
+from qmoe_jax.models.config import SwitchConfig
+from qmoe_jax.runs import compress, machine, needs, plan, rehearsal
+from qmoe_jax.runs.machine import Machine
+from qmoe_jax.runs.plan import Described
+
+MODELS = sorted(p.stem for p in pathlib.Path("t5x_configs/models").glob("switch_*_*.gin"))
+A100 = Described(device_memory=80 * 10**9, host_memory=512 * 10**9, disk=4 * 10**12)
+QUIET = {"measure": False, "compute": compress.Compute(activation_dtype="bfloat16")}
+
+
+def released(name) -> SwitchConfig:
+    gin.clear_config()
+    gin.parse_config_file(f"t5x_configs/models/{name}.gin")
+    config = gin.query_parameter("%MODEL").scoped_configurable_fn()
+    gin.clear_config()
+    return config
+
+
+def quietly(*arguments, **options):
+    out = io.StringIO()
+    console = rich.console.Console(file=out, width=200)
+    return plan.plan(*arguments, console=console, **options), out.getvalue()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_released_model_is_planned(name):
+    made, printed = quietly(model=released(name), described=A100, **QUIET)
+    assert printed.startswith("it fits")
+    assert made.lacking == []
+    needed = made.needs
+    assert max(needed.device.values()) < 60 * 10**9  # of 80, three quarters are JAX's
+    weights = needs.expert_weights(made.config)
+    assert 0.7 < 8 * needed.output["packed experts"] / weights < 0.9
+    assert made.how.mapped == (name in ("switch_c_2048",))
+
+
+def test_switch_c_in_numbers():
+    made, printed = quietly(model=released("switch_c_2048"), described=A100, **QUIET)
+    buffer = 2 * 2080 * 2 * ((512 + 114) * 160_000 + 2 * 128 * (512 + 114))
+    assert made.needs.buffers == buffer  # A and B of both stacks
+    assert made.needs.read == 4 * sum_of_parameters(made.config)
+    assert 140e9 < made.needs.output["packed experts"] < 165e9
+    assert made.how.group_size == 16
+    assert "160,000 calibration" in printed
+
+
+def sum_of_parameters(config):
+    return 1_571_327_875_360 if config.num_experts == 2048 else None
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"device_memory": 4 * 10**9}, "device memory: experts: .* lower EXPERTS_PER_GROUP"),
+        ({"disk": 10**11}, "disk at OUTPUT_DIR: .* 100.00 GB there"),
+        ({"host_memory": 10**9, "disk": 10**12}, "host memory: .* needed .activation buffers 68"),
+    ],
+)
+def test_what_does_not_fit_is_said_with_numbers(changed, said):
+    described = dataclasses.replace(A100, **changed)
+    options = QUIET | {
+        "compute": compress.Compute(activation_dtype="bfloat16", experts_per_group=16)
+    }
+    made, printed = quietly(model=released("switch_c_2048"), described=described, **options)
+    assert printed.startswith("IT DOES NOT FIT")
+    assert any(re.match(said, line) for line in made.lacking), made.lacking
+
+
+def test_buffers_are_those_that_a_run_makes(monkeypatch, data_dir, tmp_path):
+    made, create = [], buffers.create
+
+    def counted(*arguments):
+        made.append(create(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(buffers, "create", counted)
+    report = small_run(data_dir, tmp_path / "out", compute=compress.Compute())
+    samples = report.samples
+    work = needs.Work(
+        *(
+            {s: samples[name][f"{s}_tokens"] for s in ("encoder", "decoder")}
+            for name in ("calibration", "validation")
+        ),
+        versions=2,
+    )
+    sizes = {s: 4 * 64 * work.tokens(s) for s in ("encoder", "decoder")}
+    assert sum(buffer.data.nbytes for buffer in made) == 2 * sum(sizes.values())
+
+
+def small_run(data_dir, output, **options):
+    demo = data_dir / "text"
+    text = Text(
+        sentencepiece_model_file=str(demo / "sentencepiece.model"),
+        files=str(demo / "calibration.jsonl"),
+        validation_files=str(demo / "heldout.jsonl"),
+        task_feature_lengths={"inputs": 64},
+        document_mode="split",
+    )
+    return compress.compress(
+        str(data_dir / "t5x/tiny_switch_base/legacy"),
+        str(output),
+        text,
+        num_samples=16,
+        num_validation_samples=4,
+        console=rich.console.Console(file=io.StringIO()),
+        **options,
+    )
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
+    data_dir, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(machine, "host_memory", lambda: 100_000)
+    with pytest.raises(ValueError, match=r"this does not fit\. host memory: .* BUFFER_DIR"):
+        small_run(data_dir, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_measured_time_is_of_all_phases(data_dir, monkeypatch):
+    monkeypatch.setattr(rehearsal, "OPERATIONS", 1e9)
+    path = str(data_dir / "t5x/tiny_switch_base/legacy")
+    made, printed = quietly(path, num_samples=64, inputs_length=64)
+    assert {"dense part", "Hessians", "solve", "expert forward", "losses", "all"} <= set(
+        made.seconds
+    )
+    assert made.seconds["all"] >= made.seconds["solve"]
+    assert made.seconds["reading, beside the rest"] > 0
+    assert "the run" in printed
+
+
+def test_memory_of_the_machine_is_found(monkeypatch, tmp_path):
+    found = machine.host_memory()
+    assert found is not None and found > 10**8
+    limit = tmp_path / "memory.max"
+    limit.write_text("12345\n")
+    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(limit), str(tmp_path / "none")))
+    assert machine.host_memory() == 12345
+    assert machine.free_disk(str(tmp_path / "not" / "yet" / "there")) > 0
+
+
+def test_one_of_checkpoint_and_model(data_dir):
+    with pytest.raises(ValueError, match="either CHECKPOINT_PATH or a model file"):
+        quietly()
+
+
+def test_command_line(capsys):
+    files = ["t5x_configs/models/switch_base_8.gin", "t5x_configs/runs/plan_model.gin"]
+    code = main.main(["", "--run_mode=plan", *(f"--gin_file={f}" for f in files), "--dry_run"])
+    assert code == 0
+    assert "EXPERTS_PER_GROUP" in capsys.readouterr().out
+
+
+def test_shared_memory_counts_twice():
+    made, _ = quietly(model=released("switch_base_8"), num_samples=64, **QUIET)
+    small = Machine("cpu", 1, None, 2 * 10**9, 10**12)
+    assert needs.lacking(made.needs, small)[0].startswith("host memory")
