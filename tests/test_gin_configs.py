@@ -38,6 +38,7 @@ REQUIRED = {  # run mode: what its file leaves open
     "import": {"CHECKPOINT_PATH", "OUTPUT_DIR"},
     "infer": {"CHECKPOINT_PATH", "INFER_OUTPUT_DIR", "PROMPTS"},
     "inspect": {"CHECKPOINT_PATH"},
+    "plan": set(),
     "train": {"MODEL_DIR", "SENTENCEPIECE_MODEL_FILE", "TRAIN_FILES", "TRAIN_STEPS"},
 }
 NOT_SETTINGS = {"dry_run", "console"}  # given by the command line
@@ -178,7 +179,7 @@ def test_every_run_mode_can_be_tried_dry_and_has_an_output_folder(mode):
     """But for one that writes nothing."""
     function, folder = main.RUN_MODES[mode]
     assert {"dry_run", folder} - {None} <= inspect.signature(function).parameters.keys()
-    assert (folder is None) == (mode == "inspect")
+    assert (folder is None) == (mode in ("inspect", "plan"))
 
 
 def test_models_and_runs_share_no_macro():
@@ -208,6 +209,7 @@ def documented(section: str) -> dict[str, str]:
         ("`import`", "runs/import.gin"),
         ("`infer`", "runs/infer.gin"),
         ("`inspect`", "runs/inspect.gin"),
+        ("`plan`", "runs/plan.gin"),
         ("`train`", "runs/train.gin"),
         ("Model files", "models/switch.gin"),
     ],

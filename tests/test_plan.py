@@ -13,7 +13,7 @@ import rich.console
 from qmoe_jax import main
 from qmoe_jax.calibration import buffers
 from qmoe_jax.calibration.text import Text
-from qmoe_jax.models.config import SwitchConfig
+from qmoe_jax.models.config import STACKS, SwitchConfig
 from qmoe_jax.runs import compress, machine, needs, plan, rehearsal
 from qmoe_jax.runs.machine import Machine
 from qmoe_jax.runs.plan import Described
@@ -53,14 +53,10 @@ def test_switch_c_in_numbers():
     made, printed = quietly(model=released("switch_c_2048"), described=A100, **QUIET)
     buffer = 2 * 2080 * 2 * ((512 + 114) * 160_000 + 2 * 128 * (512 + 114))
     assert made.needs.buffers == buffer  # A and B of both stacks
-    assert made.needs.read == 4 * sum_of_parameters(made.config)
+    assert made.needs.read == 4 * 1_571_327_875_360
     assert 140e9 < made.needs.output["packed experts"] < 165e9
     assert made.how.group_size == 16
     assert "160,000 calibration" in printed
-
-
-def sum_of_parameters(config):
-    return 1_571_327_875_360 if config.num_experts == 2048 else None
 
 
 @pytest.mark.parametrize(
@@ -91,14 +87,12 @@ def test_buffers_are_those_that_a_run_makes(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(buffers, "create", counted)
     report = small_run(data_dir, tmp_path / "out", compute=compress.Compute())
     samples = report.samples
-    work = needs.Work(
-        *(
-            {s: samples[name][f"{s}_tokens"] for s in ("encoder", "decoder")}
-            for name in ("calibration", "validation")
-        ),
-        versions=2,
-    )
-    sizes = {s: 4 * 64 * work.tokens(s) for s in ("encoder", "decoder")}
+    tokens = [
+        {stack: samples[name][f"{stack}_tokens"] for stack in STACKS}
+        for name in ("calibration", "validation")
+    ]
+    work = needs.Work(tokens[0], tokens[1], versions=2)
+    sizes = {s: 4 * 64 * work.tokens(s) for s in STACKS}
     assert sum(buffer.data.nbytes for buffer in made) == 2 * sum(sizes.values())
 
 
@@ -150,17 +144,18 @@ def test_memory_of_the_machine_is_found(monkeypatch, tmp_path):
     limit.write_text("12345\n")
     monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(limit), str(tmp_path / "none")))
     assert machine.host_memory() == 12345
-    assert machine.free_disk(str(tmp_path / "not" / "yet" / "there")) > 0
+    assert (machine.free_disk(str(tmp_path / "not" / "yet" / "there")) or 0) > 0
 
 
 def test_one_of_checkpoint_and_model(data_dir):
-    with pytest.raises(ValueError, match="either CHECKPOINT_PATH or a model file"):
+    with pytest.raises(ValueError, match="either CHECKPOINT_PATH or a model"):
         quietly()
 
 
 def test_command_line(capsys):
-    files = ["t5x_configs/models/switch_base_8.gin", "t5x_configs/runs/plan_model.gin"]
-    code = main.main(["", "--run_mode=plan", *(f"--gin_file={f}" for f in files), "--dry_run"])
+    files = ["t5x_configs/models/switch_base_8.gin", "t5x_configs/runs/plan.gin"]
+    flags = [*(f"--gin_file={file}" for file in files), "--gin.plan.model=%MODEL", "--dry_run"]
+    code = main.main(["", "--run_mode=plan", *flags])
     assert code == 0
     assert "EXPERTS_PER_GROUP" in capsys.readouterr().out
 

@@ -27,7 +27,7 @@ def devices():
     return many_devices.first(DEVICES)
 
 
-def run(data_dir, output, number, **options):
+def run(data_dir, output, number, experts_per_group: int | None = 1):
     demo = data_dir / "text"
     text = Text(
         sentencepiece_model_file=str(demo / "sentencepiece.model"),
@@ -36,12 +36,11 @@ def run(data_dir, output, number, **options):
         task_feature_lengths={"inputs": 64},
         document_mode="split",
     )
-    compute = {"experts_per_group": 1, "batch_tokens": 128}
     return compress.compress(
         str(data_dir / "t5x/tiny_switch_base/legacy"),
         str(output),
         text,
-        compute=compress.Compute(**(compute | options)),
+        compute=compress.Compute(experts_per_group=experts_per_group, batch_tokens=128),
         num_devices=number,
         num_samples=32,
         num_validation_samples=8,

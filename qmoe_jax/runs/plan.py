@@ -91,7 +91,9 @@ def plan(
     """
     console = console or rich.console.Console()
     if (checkpoint_path is None) == (model is None):
-        raise ValueError("give either CHECKPOINT_PATH or a model file (MODEL), and not both")
+        raise ValueError(
+            "give either CHECKPOINT_PATH or a model (a model file and --gin.plan.model=%MODEL)"
+        )
     opened = None
     if checkpoint_path is not None:
         opened = source.open_source(checkpoint_path, memory_budget=compute.read_budget)
