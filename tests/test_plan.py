@@ -13,7 +13,7 @@ import rich.console
 from qmoe_jax import main
 from qmoe_jax.calibration import buffers
 from qmoe_jax.calibration.text import Text
-from qmoe_jax.models.config import STACKS, SwitchConfig
+from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.runs import compress, machine, needs, plan, rehearsal
 from qmoe_jax.runs.machine import Machine
 from qmoe_jax.runs.plan import Described
@@ -87,7 +87,7 @@ def test_buffers_are_those_that_a_run_makes(monkeypatch, data_dir, tmp_path):
     monkeypatch.setattr(buffers, "create", counted)
     report = small_run(data_dir, tmp_path / "out", compute=compress.Compute())
     samples = report.samples
-    tokens = [
+    tokens: list[dict[Stack, int]] = [
         {stack: samples[name][f"{stack}_tokens"] for stack in STACKS}
         for name in ("calibration", "validation")
     ]
