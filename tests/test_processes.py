@@ -85,9 +85,12 @@ def alone(data_dir, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize(("count", "devices"), [(2, 2), (4, 1)])
 def test_several_processes_give_the_bytes_of_one(count, devices, data_dir, alone, tmp_path):
-    codes, errors = run(data_dir, tmp_path / "out", count, devices=devices)
+    mapped = [f"--gin.BUFFER_DIR={tmp_path / 'buffers'}"] if count == 4 else []
+    codes, errors = run(data_dir, tmp_path / "out", count, *mapped, devices=devices)
     assert codes == [0] * count, errors
     assert result(tmp_path / "out") == alone
+    if mapped:
+        assert not list((tmp_path / "buffers").iterdir())
 
 
 @pytest.mark.slow

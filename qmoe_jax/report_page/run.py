@@ -37,7 +37,7 @@ def given(record: Mapping[str, Any]) -> str:
     machine = dict(record["machine"])
     peak = machine.pop("peak_host_bytes", None)
     overlap = machine.pop("overlap", {})
-    rows = [(name.replace("_", " "), value) for name, value in machine.items()]
+    rows = [(name.replace("_", " "), value) for name, value in machine.items() if value != []]
     if overlap:
         rows.append(
             ("device busy", f"{overlap['busy_fraction']:.0%} of {overlap['seconds']:,.1f} s")

@@ -87,6 +87,8 @@ def check(output: pathlib.Path) -> None:
       CheckpointError: it holds something else, or a finished checkpoint.
     """
     if not (output / FOLDER / LOG).exists():
+        if (output / packed.MANIFEST).exists():  # stopped by `finish`, in the midst of it
+            shutil.rmtree(output / FOLDER, ignore_errors=True)
         packed.check_free(output, beside=[FOLDER])
 
 
