@@ -15,6 +15,7 @@ SPANS = [
     Span(f"read{BESIDE}", "reader", 102.0, 2.0),
     Span("solve", "main", 102.0, 3.0),
     Span("expert forward", "main", 105.0, 1.0),
+    Span("snapshots", "main", 106.0, 0.5),
     Span(f"pack{BESIDE}", "writer", 105.0, 3.0),
 ]
 
@@ -22,7 +23,9 @@ SPANS = [
 def test_overlap_of_stages():
     found = timeline.overlap(SPANS)
     assert found["seconds"] == pytest.approx(8.0)
-    assert found["stages"] == pytest.approx({"read": 4.0, "device": 4.0, "pack": 3.0})
+    assert found["stages"] == pytest.approx(
+        {"read": 4.0, "device": 4.0, "pack": 3.0, "snapshots": 0.5}
+    )
     assert found["busy_fraction"] == pytest.approx(0.5)
     assert timeline.overlap([]) == {}
 

@@ -340,7 +340,7 @@ def compress_block(
     _commit_params(run, f"{stack}.layers_{layer}", stored)
     left = tracks.still_needed(config, stack, layer, states)
     states = {name: walk.advance(state) for name, state in left.items()}
-    with progress.timed(run.shown, "snapshots"):
+    with progress.timed(run.shown, timeline.SNAPSHOTS):
         resume.finish_block(
             run.output, run.processes, stack, layer, record, states, run.shown.seconds
         )

@@ -21,6 +21,7 @@ import shutil
 import socket
 import warnings
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from qmoe_jax.calibration.walk import Activations
@@ -237,13 +238,18 @@ def finish_block(
     """
     folder = output / FOLDER
     suffix = f"{stack}.layers_{layer}.bin"
-    taken = {}
-    for name, state in states.items():
-        file = folder / f"{name}.{suffix}"
-        if processes.alone:
-            taken[name] = snapshots.take(state.current.data, file)
-        else:
-            taken[name] = snapshots.take_shared(processes, state, file)
+    files = {name: folder / f"{name}.{suffix}" for name in states}
+    if processes.alone:
+        buffers = [state.current.data for state in states.values()]
+        with ThreadPoolExecutor(max(1, len(states))) as pool:  # disks take a while to answer
+            taken = dict(
+                zip(states, pool.map(snapshots.take, buffers, files.values()), strict=True)
+            )
+    else:
+        taken = {
+            name: snapshots.take_shared(processes, state, files[name])
+            for name, state in states.items()
+        }
     block = FinishedBlock(stack, layer, record, taken, dict(seconds))
     with processes_lib.together(processes, f"finishing {stack}/layers_{layer}"):
         if processes.first:

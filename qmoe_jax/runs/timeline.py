@@ -14,7 +14,7 @@ from qmoe_jax.checkpoints import array_files
 from qmoe_jax.report import BESIDE
 
 FILE = "timeline.json"
-WAITING = "wait for read"
+WAITING, SNAPSHOTS = "wait for read", "snapshots"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Span:
 def overlap(spans: Iterable[Span]) -> dict[str, Any]:
     """How long a run took and how long each of its stages was at work, in seconds.
 
-    The device's stage is what the main thread did, which waits for each of its steps; the others
-    have threads of their own. A run can be no faster than its slowest stage. `busy_fraction` is the
-    device's share of the time.
+    The device's stage is what the main thread did, which waits for each of its steps, but for
+    snapshots; the others have threads of their own. A run can be no faster than its slowest stage.
+    `busy_fraction` is the device's share of the time.
     """
     spans = list(spans)
     if not spans:
@@ -40,8 +40,9 @@ def overlap(spans: Iterable[Span]) -> dict[str, Any]:
     wall = max(s.start + s.seconds for s in spans) - min(s.start for s in spans)
     stages: dict[str, float] = {}
     for span in spans:
+        own = span.phase == SNAPSHOTS or span.phase.endswith(BESIDE)
         if span.phase != WAITING:
-            stage = span.phase.removesuffix(BESIDE) if span.phase.endswith(BESIDE) else "device"
+            stage = span.phase.removesuffix(BESIDE) if own else "device"
             stages[stage] = stages.get(stage, 0.0) + span.seconds
     busy = stages.get("device", 0.0) / max(wall, 1e-9)
     return {"seconds": wall, "stages": stages, "busy_fraction": busy}
