@@ -16,7 +16,7 @@ from tiny_stores import CONFIG, GATED, GROUPS, PLACES, Kind
 from pallas_kernels import packed as packed_lib
 from qmoe_jax.checkpoints import array_files, packed, packed_arrays, packed_manifest
 from qmoe_jax.checkpoints.errors import CheckpointError
-from qmoe_jax.codec import dictionary, uniform
+from qmoe_jax.codec import uniform
 from qmoe_jax.models import config as configs
 
 BFLOAT16 = ml_dtypes.bfloat16
@@ -64,54 +64,6 @@ def ternary(tmp_path_factory) -> pathlib.Path:
     path = tmp_path_factory.mktemp("ternary") / "packed"
     tiny_stores.write(path, Kind("qmoe"))
     return path
-
-
-@pytest.mark.parametrize("slabs", [1, 3])
-def test_load_experts_joins_the_groups(slabs, ternary):
-    checkpoint = packed.open_checkpoint(ternary)
-    for place in PLACES:
-        groups = [tiny_stores.experts(Kind("qmoe"), place, bounds) for bounds in GROUPS]
-        for matrix, record in packed.load_experts(checkpoint, *place, slabs=slabs).items():
-            expected = packed_lib.join([group[matrix] for group in groups], slabs)
-            assert record.codes.shape == expected.codes.shape
-            tiny_stores.assert_same(record, expected)
-            packed_lib.validate(record, dictionary.nonzero_table())
-
-
-def test_load_experts_refuses(ternary, tmp_path):
-    checkpoint = packed.open_checkpoint(ternary)
-    with pytest.raises(ValueError, match=r"encoder/layers_0 of .* has no experts"):
-        packed.load_experts(checkpoint, "encoder", 0)
-    with pytest.raises(ValueError, match="3 experts do not divide into 2 equal slabs"):
-        packed.load_experts(checkpoint, "encoder", 1, slabs=2)
-    dense = tiny_stores.write(tmp_path / "dense", Kind("dense"))
-    with pytest.raises(ValueError, match="codec 'dense' holds no dictionary words"):
-        packed.load_experts(dense, "encoder", 1)
-    with pytest.raises(ValueError, match="codec 'dense' holds no dictionary words"):
-        packed.slab_words(dense, "encoder", 1, 1)
-    with pytest.raises(ValueError, match=r"encoder/layers_0 of .* has no experts"):
-        packed.slab_words(checkpoint, "encoder", 0, 1)
-
-
-@pytest.mark.parametrize("slabs", [1, 3])
-def test_slabs_are_measured_without_reading_words(slabs, ternary):
-    checkpoint = packed.open_checkpoint(ternary)
-    for place in PLACES:
-        found = packed.slab_words(checkpoint, *place, slabs)
-        records = packed.load_experts(checkpoint, *place, slabs)
-        assert found == {matrix: record.codes.shape[1] for matrix, record in records.items()}
-
-
-def test_slabs_are_not_measured_by_what_rows_claim(ternary):
-    checkpoint = packed.open_checkpoint(ternary)
-    first, *others = checkpoint.groups["encoder", 1]
-    codes = first.file.arrays["wo/codes"]
-    shorter = {"wo/codes": dataclasses.replace(codes, shape=(codes.shape[0] - 1,))}
-    file = dataclasses.replace(first.file, arrays=first.file.arrays | shorter)
-    groups = (dataclasses.replace(first, file=file), *others)
-    checkpoint = dataclasses.replace(checkpoint, groups={("encoder", 1): groups})
-    with pytest.raises(CheckpointError, match=r"0000-0001.bin: the rows of `wo` have \d+ words"):
-        packed.slab_words(checkpoint, "encoder", 1, 1)
 
 
 def test_read_params_by_name(ternary):
