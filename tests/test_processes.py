@@ -17,6 +17,43 @@ SCRIPT = pathlib.Path(__file__).with_name("process_run.py")
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
+PROBE = """
+import sys
+import jax
+from jax.experimental import multihost_utils
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+multihost_utils.sync_global_devices("probe")
+"""
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Skips where JAX's own processes cannot reach each other: the host's name must resolve."""
+    address = f"localhost:{free_port()}"
+    env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    begun = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROBE, address, str(index)], env=env, stderr=subprocess.PIPE
+        )
+        for index in range(2)
+    ]
+    try:
+        said = [process.communicate(timeout=120)[1] for process in begun]
+    except subprocess.TimeoutExpired:
+        said = [b"no answer within 120 s"]
+    for process in begun:
+        process.kill()
+        process.wait()
+    if any(process.returncode for process in begun):
+        pytest.skip(f"JAX's processes do not find each other here: {said[0][-300:]!r}")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def settings(data_dir, output):
     demo = data_dir / "text"
     values = {
@@ -38,9 +75,7 @@ def settings(data_dir, output):
 
 def run(data_dir, output, count, *more, stop_at="-", devices=1):
     """Return codes and standard errors of all processes."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     begun = [
@@ -75,7 +110,7 @@ def result(output):
 
 
 @pytest.fixture(scope="module")
-def alone(data_dir, tmp_path_factory):
+def alone(network, data_dir, tmp_path_factory):
     output = tmp_path_factory.mktemp("alone") / "out"
     codes, errors = run(data_dir, output, 1)
     assert codes == [0], errors
@@ -108,7 +143,7 @@ def test_a_process_that_dies_ends_the_run_and_others_go_on(first, then, data_dir
 
 
 @pytest.mark.slow
-def test_an_error_on_one_is_told_on_all(data_dir, tmp_path):
+def test_an_error_on_one_is_told_on_all(network, data_dir, tmp_path):
     (tmp_path / "out").write_text("not a folder")
     codes, errors = run(data_dir, tmp_path / "out", 2)
     assert codes == [1, 1]
