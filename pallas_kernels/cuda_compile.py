@@ -32,6 +32,7 @@ _BRANCH = re.compile(r"\bBRA\b.*\b0x([0-9a-f]+)")
 _TYPES = {
     "int32": "i32",
     "uint16": "u16",
+    "uint8": "u8",
     "uint32": "u32",
     "bfloat16": "bf16",
     "float32": "fp32",

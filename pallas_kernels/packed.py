@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Packed experts in memory: the records, their word formats and their index arithmetic.
+"""Packed experts in memory: the records and their index arithmetic.
 
-Ternary experts are a string of 16-bit dictionary words. Rows are coded one by one, a row's words
-are consecutive, so are an expert's rows, and every expert starts at a multiple of 64 words:
+Ternary experts are a string of 16-bit words of one of two codecs (`dictionary_words`,
+`tunstall_words`). Rows are coded one by one, a row's words are consecutive, so are an expert's
+rows, and every expert starts at a multiple of 64 words:
 
     first word of row r of expert e = 64 * expert_bases[e] + row_starts[e, r]   (inside its slab)
 
@@ -22,21 +23,14 @@ from typing import TypeAlias, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Array, BFloat16, Bool, Float, Int, UInt, UInt8, UInt16, UInt32
+from jaxtyping import Array, BFloat16, Float, Int, Integer, UInt, UInt8, UInt16, UInt32
 
 HostOrDevice: TypeAlias = Array | np.ndarray
 Record = TypeVar("Record")
 
 BLOCK_WORDS = 64  # unit of `expert_bases`
-MAX_NONZEROS = 3  # of one word of the "qmoe" dictionary
+_BY_EXPERT = ("row_starts", "row_values", "trees", "sign_starts")  # arrays with a row for each
 CHUNK_LEVELS = 32  # columns of one group of bit planes of `UniformExperts`
-
-# One uint32 per dictionary word: 5 bits of length in weights, then three 6-bit fields in column
-# order, each a 5-bit position and a sign bit (1 = max value); the topmost 2 bits count the
-# non-zeros, so that "more than f" is one comparison of the whole entry.
-_FIELD_SHIFT = 5
-_FIELD_BITS = 6
-_COUNT_SHIFT = 30
 
 
 def _register(cls: type[Record]) -> type[Record]:
@@ -86,7 +80,10 @@ class PackedExperts:
     row_starts: UInt32[HostOrDevice, "experts starts"]  # words from the base; last: word count
     row_values: BFloat16[HostOrDevice, "experts rows 2"]  # min, max
     shape: tuple[int, int, int] = _static()  # experts, rows = out, columns = in
-    codec: str = _static()
+    codec: str = _static()  # "qmoe" or "tunstall"
+    # Of "tunstall" alone: each expert's table of words, and the first bit of each row's signs.
+    trees: UInt8[HostOrDevice, " experts"] | None = None
+    sign_starts: UInt32[HostOrDevice, "experts starts"] | None = None
 
 
 @_register
@@ -117,57 +114,6 @@ def local_view(packed: Counted) -> Counted:
     return dataclasses.replace(packed, shape=(array.shape[0], *packed.shape[1:]))
 
 
-def word_entries(
-    trits: UInt8[np.ndarray, "words 28"], lengths: UInt8[np.ndarray, " words"]
-) -> UInt32[np.ndarray, " words"]:
-    """The run-time table of a dictionary: one uint32 per word, laid out as described above.
-
-    Args:
-      trits: the words written out; zero from a word's length on.
-      lengths: in weights (trits), at most 31.
-
-    Raises:
-      ValueError: a word has more than three non-zeros or is too long for its field.
-    """
-    if (counts := np.count_nonzero(trits, axis=1)).max(initial=0) > MAX_NONZEROS:
-        raise ValueError(f"`trits` has a word of {counts.max()} non-zeros; an entry holds 3")
-    if lengths.max(initial=0) > 31:
-        raise ValueError(f"`lengths` has a word of {lengths.max()} weights; an entry holds 31")
-    entries = lengths.astype(np.uint32) | counts.astype(np.uint32) << _COUNT_SHIFT
-    words, positions = np.nonzero(trits)
-    # `nonzero` goes word by word: a non-zero's field is its distance from its word's first one.
-    field = np.arange(len(words)) - (np.cumsum(counts) - counts)[words]
-    sign = trits[words, positions] == 2
-    value = positions.astype(np.uint32) | sign.astype(np.uint32) << 5
-    np.bitwise_or.at(
-        entries, words, value << (_FIELD_SHIFT + _FIELD_BITS * field).astype(np.uint32)
-    )
-    return entries
-
-
-def entry_length(entry: UInt32[HostOrDevice, "*n"]) -> UInt32[HostOrDevice, "*n"]:
-    """Length in weights of the words behind these table entries."""
-    return entry & 31
-
-
-def entry_count(entry: UInt32[HostOrDevice, "*n"]) -> UInt32[HostOrDevice, "*n"]:
-    """Number of non-zeros, 0 to 3."""
-    return entry >> _COUNT_SHIFT
-
-
-def entry_has(entry: UInt32[HostOrDevice, "*n"], field: int) -> Bool[HostOrDevice, "*n"]:
-    """Whether there is a non-zero `field` (0 to 2)."""
-    return entry >= np.uint32(field + 1 << _COUNT_SHIFT)
-
-
-def entry_nonzero(
-    entry: UInt32[HostOrDevice, "*n"], field: int
-) -> tuple[UInt32[HostOrDevice, "*n"], UInt32[HostOrDevice, "*n"]]:
-    """Position inside the word and sign (1 = max value) of non-zero `field`; 0, 0 where absent."""
-    value = entry >> (_FIELD_SHIFT + _FIELD_BITS * field)
-    return value & 31, (value >> 5) & 1
-
-
 def to_host(packed: PackedExperts) -> PackedExperts:
     """The same record with NumPy arrays; copies nothing that is on the host already."""
     return jax.tree.map(np.asarray, packed)
@@ -194,33 +140,59 @@ def expert_layout(
     return (ends.reshape(-1) - blocks).astype(np.uint32), longest * BLOCK_WORDS
 
 
-def expert_words(host: PackedExperts, expert: int) -> UInt16[np.ndarray, " n"]:
-    """A view of one expert's words, without padding. The record must be on the host (`to_host`)."""
+def expert_sizes(host: PackedExperts) -> Int[np.ndarray, " experts"]:
+    """16-bit units of each expert: its words, and with "tunstall" its signs."""
+    if host.sign_starts is None:
+        return np.asarray(host.row_starts, np.int64)[:, -1]
+    return units_of_bits(np.asarray(host.sign_starts)[:, -1])
+
+
+def units_of_bits(bits: Integer[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
+    """16-bit units that hold so many bits."""
+    return -(-bits.astype(np.int64) // 16)
+
+
+def expert_codes(host: PackedExperts, expert: int) -> UInt16[np.ndarray, " n"]:
+    """A view of one expert's units, without padding. The record must be on the host (`to_host`)."""
     codes = np.asarray(host.codes)
     experts_per_slab = host.expert_bases.shape[0] // codes.shape[0]
     first = int(host.expert_bases[expert]) * BLOCK_WORDS
-    return codes[expert // experts_per_slab, first : first + int(host.row_starts[expert, -1])]
+    return codes[expert // experts_per_slab, first : first + int(expert_sizes(host)[expert])]
+
+
+def expert_words(host: PackedExperts, expert: int) -> UInt16[np.ndarray, " n"]:
+    """A view of one expert's words alone."""
+    return expert_codes(host, expert)[: int(host.row_starts[expert, -1])]
 
 
 def assemble(
-    words: Sequence[UInt16[np.ndarray, " _"]],
+    codes: Sequence[UInt16[np.ndarray, " _"]],
     row_starts: UInt32[np.ndarray, "experts starts"],
     row_values: BFloat16[np.ndarray, "experts rows 2"],
     columns: int,
     codec: str,
+    *,
+    trees: UInt8[np.ndarray, " experts"] | None = None,
+    sign_starts: UInt32[np.ndarray, "experts starts"] | None = None,
     slabs: int = 1,
     slab_words: int = 0,
 ) -> PackedExperts:
-    """One host record from every expert's words; see `join` for `slabs` and `slab_words`."""
-    bases, needed = expert_layout(row_starts[:, -1], slabs)
-    width = -(-max(needed, slab_words) // BLOCK_WORDS) * BLOCK_WORDS
+    """One host record from every expert's units; see `join` for `slabs` and `slab_words`."""
+    bases, needed = expert_layout(np.array([len(units) for units in codes]), slabs)
+    width = -(-max(needed, slab_words, 1) // BLOCK_WORDS) * BLOCK_WORDS
     experts, rows = row_values.shape[:2]
-    shape = (experts, rows, columns)
     packed = PackedExperts(
-        np.zeros((slabs, width), np.uint16), bases, row_starts, row_values, shape, codec
+        codes=np.zeros((slabs, width), np.uint16),
+        expert_bases=bases,
+        row_starts=row_starts,
+        row_values=row_values,
+        shape=(experts, rows, columns),
+        codec=codec,
+        trees=trees,
+        sign_starts=sign_starts,
     )
-    for expert, source in enumerate(words):
-        expert_words(packed, expert)[:] = source
+    for expert, units in enumerate(codes):
+        expert_codes(packed, expert)[:] = units
     return packed
 
 
@@ -241,10 +213,12 @@ def join(groups: Iterable[PackedExperts], slabs: int = 1, slab_words: int = 0) -
     if len(kinds) != 1:
         raise ValueError(f"`groups` must agree in (rows, columns, codec); got {sorted(kinds)}")
     ((_, columns, codec),) = kinds
-    words = [expert_words(g, e) for g in groups for e in range(g.shape[0])]
-    row_starts = np.concatenate([group.row_starts for group in groups])
-    row_values = np.concatenate([group.row_values for group in groups])
-    return assemble(words, row_starts, row_values, columns, codec, slabs, slab_words)
+    codes = [expert_codes(g, e) for g in groups for e in range(g.shape[0])]
+    arrays = {name: [getattr(group, name) for group in groups] for name in _BY_EXPERT}
+    joined = {name: np.concatenate(of) for name, of in arrays.items() if of[0] is not None}
+    return assemble(
+        codes, columns=columns, codec=codec, slabs=slabs, slab_words=slab_words, **joined
+    )
 
 
 def join_uniform(groups: Sequence[UniformExperts]) -> UniformExperts:
@@ -277,109 +251,7 @@ def expert_slice(packed: PackedExperts, first: int, count: int) -> PackedExperts
             f"experts [{first}, {first + count}) are not a part of {packed.shape[0]} experts"
         )
     host, part = to_host(packed), slice(first, first + count)
-    words = [expert_words(host, e) for e in range(first, first + count)]
-    row_starts, row_values = np.asarray(host.row_starts)[part], np.asarray(host.row_values)[part]
-    return assemble(words, row_starts, row_values, packed.shape[2], packed.codec)
-
-
-def validate(packed: PackedExperts, entries: UInt32[np.ndarray, " words"]) -> None:
-    """Checks on the host what every kernel relies on; a record that passes is read in bounds.
-
-    Sizes agree with `shape`; experts lie in order inside their slab; every row has words, which
-    expand to exactly its columns (padded to an even number, the padding zero); values are finite.
-
-    Args:
-      packed: the record; `codes` may be a memory map.
-      entries: the dictionary's run-time table (`word_entries`).
-
-    Raises:
-      ValueError: naming the first expert (and row) at fault.
-    """
-    host = to_host(packed)
-    _check_sizes(host)
-    _check_bases(host)
-    finite = np.isfinite(np.asarray(host.row_values, np.float32)).all(axis=2)
-    if not finite.all():
-        expert, row = np.argwhere(~finite)[0]
-        raise ValueError(f"`row_values` of expert {expert}, row {row} are not finite")
-    lengths = entry_length(entries).astype(np.uint8)
-    for expert in range(host.shape[0]):
-        _check_rows(host, expert, lengths, entries)
-
-
-def check_kernel_operands(packed: PackedExperts, entries: UInt32[HostOrDevice, " words"]) -> None:
-    """Checks what a traced program can know of a record and its table; see `validate` for the rest.
-
-    Raises:
-      ValueError: several slabs, a table of other than 65,536 words, or arrays of other sizes.
-    """
-    if packed.codes.shape[0] != 1:
-        raise ValueError(
-            f"`packed` has {packed.codes.shape[0]} slabs; expected one: call it inside `shard_map`"
-            " on `local_view(packed)`, or join the groups into one slab"
-        )
-    if entries.shape != (1 << 16,) or entries.dtype != np.uint32:
-        raise ValueError(f"`entries` must be uint32 [65536], got {entries.dtype} {entries.shape}")
-    _check_sizes(packed)
-
-
-def _check_sizes(host: PackedExperts) -> None:
-    experts, rows, _ = host.shape
-    if min(host.shape) < 1:
-        raise ValueError(f"`shape` must be positive, got {host.shape}")
-    expected = {
-        "codes": ("uint16", host.codes.shape),
-        "expert_bases": ("uint32", (experts,)),
-        "row_starts": ("uint32", (experts, rows + 1)),
-        "row_values": ("bfloat16", (experts, rows, 2)),
-    }
-    for name, kind in expected.items():
-        array = getattr(host, name)
-        if (got := (array.dtype.name, array.shape)) != kind:
-            raise ValueError(f"`{name}` of {host.shape} experts must be {kind}, got {got}")
-    slabs, words = host.codes.shape if host.codes.ndim == 2 else (0, 0)
-    if slabs < 1 or experts % slabs or words % BLOCK_WORDS:
-        raise ValueError(
-            f"`codes` must be slabs that divide {experts} experts, of a multiple of {BLOCK_WORDS}"
-            f" words; got {host.codes.shape}"
-        )
-
-
-def _check_bases(host: PackedExperts) -> None:
-    slabs, slab_words = host.codes.shape
-    first = np.asarray(host.expert_bases, np.int64).reshape(slabs, -1) * BLOCK_WORDS
-    last = first + np.asarray(host.row_starts, np.int64)[:, -1].reshape(slabs, -1)
-    limit = np.concatenate([first[:, 1:], np.full((slabs, 1), slab_words)], axis=1)
-    if (wrong := np.flatnonzero(last > limit)).size:
-        expert = wrong[0]
-        raise ValueError(
-            f"expert {expert} ends at word {last.flat[expert]} of its slab, past the next expert's"
-            f" first word or the slab's end, {limit.flat[expert]}"
-        )
-
-
-def _check_rows(host: PackedExperts, expert: int, lengths, entries) -> None:
-    words = expert_words(host, expert)
-    starts = np.asarray(host.row_starts[expert], np.int64)
-    if starts[0] or (np.diff(starts) < 1).any():
-        row = 0 if starts[0] else int(np.argmax(np.diff(starts) < 1))
-        raise ValueError(
-            f"`row_starts` of expert {expert}, row {row}: must begin at 0 and rise by at least one"
-            f" word a row, got {starts[row]} and {starts[row + 1]}"
-        )
-    columns = host.shape[2]
-    weights = np.add.reduceat(np.take(lengths, words), starts[:-1], dtype=np.int64)
-    if (wrong := np.flatnonzero(weights != columns + columns % 2)).size:
-        row = wrong[0]
-        raise ValueError(
-            f"expert {expert}, row {row}: words expand to {weights[row]} weights, expected"
-            f" {columns + columns % 2}"
-        )
-    if columns % 2:
-        last = entries[words[starts[1:] - 1]]
-        fields = [entry_nonzero(last, i)[0] + 1 == entry_length(last) for i in range(MAX_NONZEROS)]
-        present = [entry_count(last) > i for i in range(MAX_NONZEROS)]
-        if (wrong := np.flatnonzero((np.array(fields) & np.array(present)).any(axis=0))).size:
-            raise ValueError(
-                f"expert {expert}, row {wrong[0]}: the weight that pads an odd width is not zero"
-            )
+    codes = [expert_codes(host, e) for e in range(first, first + count)]
+    arrays = {name: getattr(host, name) for name in _BY_EXPERT}
+    own = {name: of[part] for name, of in arrays.items() if of is not None}
+    return assemble(codes, columns=packed.shape[2], codec=packed.codec, **own)

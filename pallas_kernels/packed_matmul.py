@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, UInt32
 
 from pallas_kernels import implementation as implementations
-from pallas_kernels import packed as packed_lib
+from pallas_kernels import validation
 from pallas_kernels.grouped_matmul import grouped_matmul
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.packed import PackedExperts
@@ -35,7 +35,7 @@ SCRATCH_BYTES = 64 << 20  # of dense experts at a time
 def packed_matmul(
     x: Float[Array, "tokens columns"],
     packed: PackedExperts,
-    entries: UInt32[Array, " words"],
+    entries: UInt32[Array, " entries"],
     group_sizes: Int[Array, " experts"],
     *,
     implementation: Implementation = "auto",
@@ -79,13 +79,13 @@ def tokens_per_expert(tokens: int, experts: int) -> float:
 def _by_decoding(
     x: Float[Array, "tokens columns"],
     packed: PackedExperts,
-    entries: UInt32[Array, " words"],
+    entries: UInt32[Array, " entries"],
     group_sizes: Int[Array, " experts"],
     implementation: Implementation,
     scratch_bytes: int = SCRATCH_BYTES,
 ) -> Float[Array, "tokens rows"]:
     """The dense path; only experts that have tokens are decoded."""
-    packed_lib.check_kernel_operands(packed, entries)
+    validation.check_kernel_operands(packed, entries)
     (tokens, columns), (experts, rows, _) = x.shape, packed.shape
     chunk = max(1, min(experts, scratch_bytes // (x.dtype.itemsize * rows * columns)))
     sizes = group_sizes.astype(jnp.int32)

@@ -9,17 +9,17 @@ from jax import lax
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8, UInt32
 
+from pallas_kernels import dictionary_words, tunstall_rows, validation
 from pallas_kernels import implementation as implementations
-from pallas_kernels import packed as packed_lib
 from pallas_kernels.implementation import Implementation
-from pallas_kernels.packed import BLOCK_WORDS, MAX_NONZEROS, PackedExperts
+from pallas_kernels.packed import BLOCK_WORDS, PackedExperts
 
 _CHUNK_BLOCKS = 256  # of words; what a step of the reference decodes
 
 
 def sub1_decode(
     packed: PackedExperts,
-    entries: UInt32[Array, " words"],
+    entries: UInt32[Array, " entries"],
     experts: Int[Array, " n"],
     *,
     dtype: DTypeLike = jnp.bfloat16,
@@ -28,8 +28,8 @@ def sub1_decode(
     """Decodes the named experts.
 
     Args:
-      packed: a valid record (`packed.validate`) of one slab.
-      entries: the run-time table of its dictionary (`packed.word_entries`).
+      packed: a valid record (`validation.validate`) of one slab.
+      entries: the run-time table of its dictionary (`dictionary_words.word_entries`).
       experts: indices; one that is none gives zeros.
       dtype: bfloat16 or float32; the row values are exact in both.
       implementation: see `implementation.resolve`; all give the same bits.
@@ -37,7 +37,7 @@ def sub1_decode(
     Raises:
       ValueError: shapes or dtypes that do not fit.
     """
-    packed_lib.check_kernel_operands(packed, entries)
+    validation.check_kernel_operands(packed, entries)
     if experts.ndim != 1 or not jnp.issubdtype(experts.dtype, jnp.integer):
         raise ValueError(f"`experts` must be integers [n], got {experts.dtype} {experts.shape}")
     if jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16):
@@ -58,7 +58,7 @@ def sub1_decode(
 @functools.partial(jax.jit, static_argnames="dtype")
 def sub1_decode_xla(
     packed: PackedExperts,
-    entries: UInt32[Array, " words"],
+    entries: UInt32[Array, " entries"],
     experts: Int[Array, " n"],
     dtype: DTypeLike = jnp.bfloat16,
 ) -> Float[Array, "n rows columns"]:
@@ -74,7 +74,7 @@ def sub1_decode_xla(
 
 def decode_expert(
     packed: PackedExperts,
-    entries: UInt32[Array, " words"],
+    entries: UInt32[Array, " entries"],
     expert: Int[Array, ""],
     dtype: DTypeLike,
 ) -> Float[Array, "rows columns"]:
@@ -94,9 +94,17 @@ def dequantize(
 
 
 def expert_trits(
-    packed: PackedExperts, entries: UInt32[Array, " words"], expert: Int[Array, ""]
+    packed: PackedExperts, entries: UInt32[Array, " entries"], expert: Int[Array, ""]
 ) -> UInt8[Array, "rows columns"]:
-    """One expert's trits, chunk of words by chunk; for programs that XLA compiles.
+    """One expert's trits; for programs that XLA compiles. Reads stay inside `codes`."""
+    trits = tunstall_rows.expert_trits if packed.codec == "tunstall" else _dictionary_trits
+    return trits(packed, entries, expert)
+
+
+def _dictionary_trits(
+    packed: PackedExperts, entries: UInt32[Array, " entries"], expert: Int[Array, ""]
+) -> UInt8[Array, "rows columns"]:
+    """Of the codec "qmoe", chunk of words by chunk.
 
     Every row expands to the same number of weights, so a running sum of word lengths over the whole
     expert is the place of each word's first weight; rows need no starts. Reads stay inside `codes`
@@ -121,12 +129,12 @@ def expert_trits(
         inside = (word >= (block * BLOCK_WORDS).astype(jnp.uint32)) & (word < words)
         inside &= word < jnp.uint32(1 << 31)
         entry = jnp.where(inside, entries[codes.astype(jnp.int32)], jnp.uint32(0))
-        length = packed_lib.entry_length(entry).astype(jnp.int32)
+        length = dictionary_words.entry_length(entry).astype(jnp.int32)
         ends = jnp.cumsum(length)
         begin = place + ends - length
-        for field in range(MAX_NONZEROS):
-            position, sign = packed_lib.entry_nonzero(entry, field)
-            present = packed_lib.entry_has(entry, field)
+        for field in range(dictionary_words.MAX_NONZEROS):
+            position, sign = dictionary_words.entry_nonzero(entry, field)
+            present = dictionary_words.entry_has(entry, field)
             target = jnp.where(present, begin + position.astype(jnp.int32), rows * width)
             value = sign.astype(jnp.uint8) + jnp.uint8(1)
             trits = trits.at[target].set(value, mode="drop")

@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt32
 
-from pallas_kernels import grouped_matmul, sub1_decode, token_tiles
+from pallas_kernels import grouped_matmul, sub1_decode, token_tiles, validation
 from pallas_kernels import implementation as implementations
-from pallas_kernels import packed as packed_lib
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.packed import PackedExperts
 
@@ -23,7 +22,7 @@ _MAX_TILE_TOKENS = 8
 def sub1_matmul(
     x: Float[Array, "tokens columns"],
     packed: PackedExperts,
-    entries: UInt32[Array, " words"],
+    entries: UInt32[Array, " entries"],
     group_sizes: Int[Array, " experts"],
     *,
     implementation: Implementation = "auto",
@@ -32,8 +31,8 @@ def sub1_matmul(
 
     Args:
       x: float32 or bfloat16, sorted by expert; tokens of no expert come last.
-      packed: a valid record (`packed.validate`) of one slab; its columns are those of `x`.
-      entries: the run-time table of its dictionary (`packed.word_entries`).
+      packed: a valid record (`validation.validate`) of one slab; its columns are those of `x`.
+      entries: the run-time table of its dictionary (`dictionary_words.word_entries`).
       group_sizes: tokens of each expert, from the first on; together at most `tokens`.
       implementation: see `implementation.resolve`; the kernels agree with "xla" up to the order
         in which float32 products are added.
@@ -63,7 +62,7 @@ def sub1_matmul(
 def sub1_matmul_xla(
     x: Float[Array, "tokens columns"],
     packed: PackedExperts,
-    entries: UInt32[Array, " words"],
+    entries: UInt32[Array, " entries"],
     group_sizes: Int[Array, " experts"],
 ) -> Float[Array, "tokens rows"]:
     """The reference: decodes one expert after another, those without tokens left out."""
@@ -96,4 +95,4 @@ def _check(x, packed: PackedExperts, entries, group_sizes) -> None:
             f"`group_sizes` must be integers [{experts}], got {group_sizes.dtype} "
             f"{group_sizes.shape}"
         )
-    packed_lib.check_kernel_operands(packed, entries)
+    validation.check_kernel_operands(packed, entries)

@@ -80,3 +80,39 @@ def plane_levels(codes: np.ndarray, columns: int) -> np.ndarray:
         for c in range(32 * chunks)
     ]
     return np.array(levels[:columns], np.uint8)
+
+
+@functools.cache
+def tree_leaves(zero_cost: int, nonzero_cost: int) -> list[str]:
+    """The strings of "tunstall" words in order, grown one node at a time; 0 zero, 1 non-zero."""
+    heap, leaves, inner = [(0, 0, 0, "")], [], 0
+    while inner < 65_535:
+        cost, nonzeros, _, string = heapq.heappop(heap)
+        if nonzeros == 4 or len(string) == 127:
+            leaves.append(string)
+            continue
+        inner += 1
+        for symbol, more in (("0", zero_cost), ("1", nonzero_cost)):
+            count = nonzeros + (symbol == "1")
+            # Of one class all strings are of one length: as numbers they compare as strings do.
+            number = int(string + symbol, 2)
+            heapq.heappush(heap, (cost + more, count, number, string + symbol))
+    return sorted([*leaves, *(string for *_, string in heap)])
+
+
+def encode_by_tree(trits: np.ndarray, costs: tuple[int, int]) -> tuple[list[list[int]], list[int]]:
+    """Words of each row and the signs of all rows."""
+    leaves = tree_leaves(*costs)
+    ids = {string: number for number, string in enumerate(leaves)}
+    rows, signs = [], []
+    for row in trits:
+        string = "".join("0" if trit == 0 else "1" for trit in row).rstrip("0")
+        signs += [int(trit == 2) for trit in row if trit]
+        words, at = [], 0
+        while at < len(string):
+            rest = string[at:] + "0" * 127
+            length = next(n for n in range(1, 128) if rest[:n] in ids)
+            words.append(ids[rest[:length]])
+            at += length
+        rows.append(words)
+    return rows, signs

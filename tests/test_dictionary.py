@@ -8,7 +8,7 @@ import codec_oracles as oracle
 import numpy as np
 import pytest
 
-from pallas_kernels import packed
+from pallas_kernels import dictionary_words
 from qmoe_jax.codec import dictionary
 
 
@@ -64,14 +64,16 @@ def test_no_word_has_more_than_three_nonzeros():
 def test_nonzero_table_tells_every_word():
     entries, trits = dictionary.nonzero_table(), np.zeros((dictionary.WORDS, 28), np.uint8)
     words = np.arange(dictionary.WORDS)
-    for field in range(packed.MAX_NONZEROS):
-        present = packed.entry_count(entries) > field
-        position, sign = packed.entry_nonzero(entries, field)
+    for field in range(dictionary_words.MAX_NONZEROS):
+        present = dictionary_words.entry_count(entries) > field
+        position, sign = dictionary_words.entry_nonzero(entries, field)
         trits[words[present], position[present]] = sign[present] + 1
         assert not position[~present].any()
         assert not sign[~present].any()
     np.testing.assert_array_equal(trits, dictionary.word_trits())
-    np.testing.assert_array_equal(packed.entry_length(entries), 2 * dictionary.build().lengths)
+    np.testing.assert_array_equal(
+        dictionary_words.entry_length(entries), 2 * dictionary.build().lengths
+    )
 
 
 def test_tables_are_shared_and_read_only():

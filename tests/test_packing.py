@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import packed as packed_lib
-from pallas_kernels import sub1_decode
+from pallas_kernels import sub1_decode, validation
 from qmoe_jax.codec import dictionary, packing
 
 QMOE = pathlib.Path(__file__).parent / "data" / "qmoe"
@@ -125,7 +125,7 @@ SHAPES = [(1, 1, 1), (2, 3, 2), (3, 2, 3), (1, 5, 57), (2, 1, 100), (3, 4, 28)]
 def test_round_trip_and_greedy_parse(shape, p0, seed):
     trits = oracle.random_trits(seed, shape, p0)
     packed = packing.pack_ternary(trits, _values(*shape[:2]))
-    packed_lib.validate(packed, dictionary.nonzero_table())
+    validation.validate(packed, dictionary.nonzero_table())
     np.testing.assert_array_equal(packing.unpack_ternary(packed), trits)
     for expert, matrix in enumerate(trits):
         words, offsets = oracle.encode_matrix(matrix)
@@ -213,7 +213,7 @@ def test_bad_ranges_and_codecs():
         with pytest.raises(ValueError, match="not a part of 2 experts"):
             packing.unpack_ternary(packed, first, count)
     other = packed_lib.PackedExperts(*jax.tree.leaves(packed), shape=packed.shape, codec="another")
-    with pytest.raises(ValueError, match="codec 'another', expected 'qmoe'"):
+    with pytest.raises(ValueError, match="codec 'another', expected one of"):
         packing.unpack_ternary(other)
 
 

@@ -267,7 +267,10 @@ def offsets(first: int, step: int) -> np.ndarray:
         ({"row_off": offsets(0, 7)}, ("must end at the 892 words", "got")),
         ({"row_off": offsets(-128, 1)}, ("must not be negative",)),
         ({"row_off": np.append(offsets(0, 0)[:-1], np.int32(892))}, ("rise by at least one word",)),
-        ({"row_off": np.append(offsets(0, 1000)[:-1], np.int32(892))}, ("rise by at least one",)),
+        (
+            {"row_off": np.append(offsets(0, 1000)[:-1], np.int32(892))},
+            ("must begin at 0 and rise",),
+        ),
         ({"w_comp": np.zeros(892, np.int16)}, ("words expand to", "expected 64")),
         ({"ter_minmax": np.full(256, np.nan, ml_dtypes.bfloat16)}, ("are not finite",)),
         ({"w_comp": np.zeros(892, np.int32)}, ("expected int16 (892,)", "found int32")),

@@ -7,28 +7,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import packed as packed_lib
 from pallas_kernels import sub1_matmul, testing, token_tiles
 from pallas_kernels.device import sub1_matmul_pallas
 from pallas_kernels.testing import PUBLISHED, SMALL, Case
-from qmoe_jax.codec import dictionary
+from qmoe_jax.codec import packing
 
-ENTRIES = dictionary.nonzero_table()
+ENTRIES = {codec: packing.entries(codec) for codec in packing.CODECS}
 ON_CPU = [case for case in (*SMALL, *PUBLISHED) if case.rows * case.columns < 2e7]
 NAMES = [case.name for case in ON_CPU]
 
 
-def inputs(case: Case, dtype=jnp.float32, seed: int = 0) -> tuple[Any, ...]:
+def inputs(case: Case, dtype=jnp.float32, codec: str = "qmoe", seed: int = 0) -> tuple[Any, ...]:
     """Tokens, the record on the device, its table, group sizes, and the products in float64."""
-    packed = testing.random_packed(ENTRIES, case, seed)
+    packed = testing.random_packed(ENTRIES[codec], case, seed, codec)
     x = np.random.default_rng(seed).standard_normal((case.tokens, case.columns))
     x = jnp.asarray(x, dtype)
-    weights = testing.dense(packed, ENTRIES)
+    weights = testing.dense(packed, ENTRIES[codec])
     expert = np.repeat(np.arange(case.experts), case.group_sizes)
     products = np.zeros((case.tokens, case.rows))
     for token, e in enumerate(expert):
         products[token] = weights[e] @ np.asarray(x[token], np.float64)
     sizes = jnp.asarray(case.group_sizes, jnp.int32)
-    return x, jax.tree.map(jnp.asarray, packed), jnp.asarray(ENTRIES), sizes, products
+    return x, jax.tree.map(jnp.asarray, packed), jnp.asarray(ENTRIES[codec]), sizes, products
 
 
 def assert_close(found, products, dtype) -> None:
@@ -55,26 +56,29 @@ BFLOAT16 = ("odd width", "uneven", "base wi")
     + [(case, jnp.bfloat16) for case in ON_CPU if case.name in BFLOAT16],
     ids=[*NAMES, *(f"{name} bfloat16" for name in BFLOAT16)],
 )
-def test_every_shape(case, dtype):
-    *arguments, products = inputs(case, dtype)
+@pytest.mark.parametrize("codec", packing.CODECS)
+def test_every_shape(case, dtype, codec):
+    *arguments, products = inputs(case, dtype, codec)
     assert_close(sub1_matmul.sub1_matmul(*arguments, implementation="xla"), products, dtype)
     if case.tokens:
         assert_close(by_pallas(*arguments), products, dtype)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("codec", packing.CODECS)
 @pytest.mark.parametrize("implementation", ["pallas", "triton"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", [*SMALL, *PUBLISHED], ids=lambda case: case.name)
-def test_every_shape_on_the_device(case, dtype, implementation):
-    *arguments, products = inputs(case, dtype)
+def test_every_shape_on_the_device(case, dtype, implementation, codec):
+    *arguments, products = inputs(case, dtype, codec)
     found = sub1_matmul.sub1_matmul(*arguments, implementation=implementation)
     assert_close(found, products, dtype)
 
 
+@pytest.mark.parametrize("codec", packing.CODECS)
 @pytest.mark.parametrize("height", [1, 2, 4, 8])
-def test_every_height_of_tiles(height):
-    *arguments, products = inputs(SMALL[NAMES.index("uneven")])
+def test_every_height_of_tiles(height, codec):
+    *arguments, products = inputs(SMALL[NAMES.index("uneven")], codec=codec)
     assert_close(by_pallas(*arguments, height=height), products, jnp.float32)
 
 
@@ -92,17 +96,12 @@ def test_height_follows_tokens_of_an_expert(tokens, experts, height):
     assert sub1_matmul.tile_tokens(tokens, experts) == height
 
 
-def test_a_damaged_row_is_nan_where_checked_and_others_are_not():
-    case = SMALL[NAMES.index("uneven")]
-    x, packed, entries, sizes, products = inputs(case)
-    row, lengths = 5, ENTRIES & 31
-    starts = np.asarray(packed.row_starts)
-    first, last = starts[2, row], starts[2, row + 1] - 1
-    codes = np.array(packed.codes)
-    base = 64 * int(packed.expert_bases[2])
-    longest = int(np.argmax(lengths))
-    codes[0, base + first : base + last + 1] = longest  # far more weights than columns
-    damaged = dataclasses.replace(packed, codes=jnp.asarray(codes))
+@pytest.mark.parametrize("codec", packing.CODECS)
+def test_a_damaged_row_is_nan_where_checked_and_others_are_not(codec):
+    case, row = SMALL[NAMES.index("uneven")], 5
+    x, packed, entries, sizes, products = inputs(case, codec=codec)
+    record = packed_lib.to_host(packed)
+    damaged = jax.tree.map(jnp.asarray, testing.with_a_damaged_row(record, ENTRIES[codec], 2, row))
     found = np.asarray(by_pallas(x, damaged, entries, sizes, checked=True))
     owner = np.repeat(np.arange(case.experts), case.group_sizes)
     wrong = np.zeros(found.shape, bool)
@@ -116,7 +115,7 @@ def test_a_damaged_row_is_nan_where_checked_and_others_are_not():
     [
         ({"x": jnp.zeros((2, 5))}, r"`x` must be float32 or bfloat16 \[tokens, 64\]"),
         ({"group_sizes": jnp.zeros(3, jnp.int32)}, r"`group_sizes` must be integers \[2\]"),
-        ({"entries": jnp.zeros(9, jnp.uint32)}, r"`entries` must be uint32 \[65536\]"),
+        ({"entries": jnp.zeros(9, jnp.uint32)}, r"`entries` of codec .* must be uint32 \[65536\]"),
     ],
 )
 def test_arguments_that_do_not_fit(change, words):

@@ -2,7 +2,6 @@
 """The Triton kernels in Triton's interpreter, against the references. What Triton decorates is
 interpreted or compiled for the whole process: pytest runs this file once more in one of its own."""
 
-import dataclasses
 import functools
 import os
 import subprocess
@@ -17,8 +16,10 @@ import test_grouped_matmul
 import test_sub1_matmul
 from test_sub1_matmul import ENTRIES
 
+from pallas_kernels import packed as packed_lib
 from pallas_kernels import sub1_decode, sub1_matmul, testing, token_tiles
 from pallas_kernels.testing import SMALL, Case
+from qmoe_jax.codec import packing
 from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.gptq import GptqOptions
 
@@ -68,9 +69,10 @@ def multiply(x, packed, entries, sizes, height=None, **options) -> np.ndarray:
     return triton_interpreter.run(plan)
 
 
+@pytest.mark.parametrize("codec", packing.CODECS)
 @pytest.mark.parametrize("case", [c for c in CASES if c.tokens], ids=lambda case: case.name)
-def test_products_of_packed_experts(case):
-    *arguments, products = test_sub1_matmul.inputs(case)
+def test_products_of_packed_experts(case, codec):
+    *arguments, products = test_sub1_matmul.inputs(case, codec=codec)
     test_sub1_matmul.assert_close(multiply(*arguments), products, jnp.float32)
 
 
@@ -81,34 +83,36 @@ def test_products_in_bfloat16():
     np.testing.assert_allclose(found, products, rtol=2**-7, atol=2**-8)
 
 
+@pytest.mark.parametrize("codec", packing.CODECS)
 @pytest.mark.parametrize("height", [1, 4])
-def test_every_height_of_tiles(height):
+def test_every_height_of_tiles(height, codec):
     case = next(case for case in SMALL if case.name == "odd width")
-    *arguments, products = test_sub1_matmul.inputs(case)
+    *arguments, products = test_sub1_matmul.inputs(case, codec=codec)
     found = multiply(*arguments, height=height)
     test_sub1_matmul.assert_close(found, products, jnp.float32)
 
 
+@pytest.mark.parametrize("codec", packing.CODECS)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_decoding(case, dtype):
-    packed = jax.tree.map(jnp.asarray, testing.random_packed(ENTRIES, case))
-    entries = jnp.asarray(ENTRIES)
+def test_decoding(case, dtype, codec):
+    entries = jnp.asarray(ENTRIES[codec])
+    packed = jax.tree.map(jnp.asarray, testing.random_packed(ENTRIES[codec], case, codec=codec))
     experts = jnp.asarray([case.experts, *range(min(case.experts, 4))])
     plan = sub1_decode_triton.plan(packed, entries, experts, dtype)
     expected = sub1_decode.sub1_decode_xla(packed, entries, experts, dtype)
     np.testing.assert_array_equal(triton_interpreter.run(plan), expected)
 
 
-def test_damaged_rows_are_nan_where_checked():
+@pytest.mark.parametrize("codec", packing.CODECS)
+def test_damaged_rows_are_nan_where_checked(codec):
     case = next(case for case in SMALL if case.name == "uneven")
-    x, packed, entries, sizes, products = test_sub1_matmul.inputs(case)
+    x, packed, entries, sizes, products = test_sub1_matmul.inputs(case, codec=codec)
     expert, row = 2, 5
-    first, last = np.asarray(packed.row_starts)[expert, row : row + 2]
-    codes = np.array(packed.codes)
-    base = 64 * int(packed.expert_bases[expert])
-    codes[0, base + first : base + last] = int(np.argmax(ENTRIES & 31))  # far too many weights
-    damaged = dataclasses.replace(packed, codes=jnp.asarray(codes))
+    record = packed_lib.to_host(packed)
+    damaged = jax.tree.map(
+        jnp.asarray, testing.with_a_damaged_row(record, ENTRIES[codec], expert, row)
+    )
 
     found = multiply(x, damaged, entries, sizes, checked=True)
     owner = np.repeat(np.arange(case.experts), case.group_sizes)

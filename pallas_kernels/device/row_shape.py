@@ -9,6 +9,7 @@ from pallas_kernels.packed import PackedExperts
 _WARP = 32
 _SPREAD = 1.1  # of words a row: the longest of a few rows over the mean
 _SHORT_ROW = 48  # words
+_WORDS = {"qmoe": 1.0, "tunstall": 0.82}  # of the codes; the rest are signs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def row_shape(packed: PackedExperts, most_words: int = 14) -> RowShape:
       most_words: of a lane in a short row, for all must fit a thread's registers.
     """
     experts, rows, _ = packed.shape
-    mean = packed.codes.size / (experts * rows)
+    mean = _WORDS[packed.codec] * packed.codes.size / (experts * rows)
     lanes, most = (4, most_words) if mean <= _SHORT_ROW else (8, 6)
     longest = _SPREAD * mean
     steps = math.ceil(longest / (lanes * most))

@@ -61,18 +61,13 @@ def _kernel(
     barrier,
     experts_ref,  # [n]
     codes_ref,  # [words / 64, 64]
-    bases_ref,  # [experts]
-    starts_ref,  # [experts, rows + 1]
-    values_ref,  # [experts, rows, 2]
-    entries_ref,  # [65536]
-    out_ref,  # [n, rows, columns]
+    *refs,  # the record's others, the table [entries], and out [n, rows, columns]
 ):
+    *record_refs, entries_ref, out_ref = refs
     columns = packed_shape[2]
     n, block = pl.program_id(0), pl.program_id(1)
     expert = experts_ref[n]
-    rows = rows_of_words_pallas.open_rows(
-        shape, packed_shape, expert, block, bases_ref, starts_ref, values_ref
-    )
+    rows = rows_of_words_pallas.open_rows(shape, packed_shape, expert, block, *record_refs)
     low, high = (value.astype(out_ref.dtype) for value in (rows.low, rows.high))
 
     def clear(i, _):
@@ -81,21 +76,19 @@ def _kernel(
         zeros = jnp.zeros((shape.rows, _CLEARED), out_ref.dtype)
         plgpu.store(out_ref.at[n, rows.row[:, None], column[None, :]], zeros, mask=inside)
 
-    def step(i, place_R):
-        nonzeros, place_R = rows_of_words_pallas.read_step(
-            shape, rows, i, place_R, codes_ref, entries_ref, columns, checked
-        )
-        for column, present, is_high in nonzeros:
-            weight = jnp.where(is_high, high, low)
-            plgpu.store(out_ref.at[n, rows.row[:, None], column], weight, mask=present)
-        return place_R
+    def write(carry, nonzero):
+        weight = jnp.where(nonzero.is_high, high, low)
+        at = out_ref.at[n, rows.row[:, None], nonzero.column]
+        plgpu.store(at, weight, mask=nonzero.present)
+        return carry
 
     jax.lax.fori_loop(0, pl.cdiv(columns, _CLEARED), clear, None)
     barrier()
-    place_R = jnp.zeros((shape.rows,), jnp.int32)
-    place_R = jax.lax.fori_loop(0, rows_of_words_pallas.steps(shape, rows), step, place_R)
+    _, sound_R = rows_of_words_pallas.for_each_nonzero(
+        shape, rows, codes_ref, entries_ref, columns, checked, write, ()
+    )
     if checked:
         barrier()
-        wrong_R = rows.inside & (expert < packed_shape[0]) & (place_R != columns + columns % 2)
+        wrong_R = rows.inside & (expert < packed_shape[0]) & ~sound_R
         nan_R = jnp.full((shape.rows,), jnp.nan, out_ref.dtype)
         plgpu.store(out_ref.at[n, rows.row, 0], nan_R, mask=wrong_R)

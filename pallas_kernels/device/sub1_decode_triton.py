@@ -57,6 +57,8 @@ def sub1_decode_kernel(
     bases,
     starts,
     values,
+    trees,
+    sign_starts,
     entries,
     out,  # [n, ROWS, COLUMNS]
     EXPERTS: tl.constexpr,
@@ -66,14 +68,18 @@ def sub1_decode_kernel(
     TILE_ROWS: tl.constexpr,
     LANES: tl.constexpr,
     LANE_WORDS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    TUNSTALL: tl.constexpr,
     CLEARED: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
     n = tl.program_id(0).to(tl.int64)
     expert = tl.load(experts + n)
-    row, inside, base, begin, end, low, high = rows_of_words.open_rows(
-        expert, tl.program_id(1), bases, starts, values, EXPERTS, ROWS, TILE_ROWS
+    opened = rows_of_words.open_rows(
+        *(expert, tl.program_id(1), bases, starts, values, trees, sign_starts),
+        *(EXPERTS, ROWS, TILE_ROWS, TUNSTALL),
     )
+    row, inside, base, table, begin, end, low, high, sign, last_sign = opened
     dtype = out.dtype.element_ty
     low, high = low.to(dtype), high.to(dtype)
     rows_of_out = out + (n * ROWS + row)[:, None] * COLUMNS
@@ -85,21 +91,30 @@ def sub1_decode_kernel(
     tl.debug_barrier()
 
     place = tl.zeros((TILE_ROWS,), tl.int32)
+    outside = place
     words = tl.max((end - begin).to(tl.int32), axis=0)
     for i in range((words + LANES * LANE_WORDS - 1) // (LANES * LANE_WORDS)):
-        found, column, place = rows_of_words.read_step(
-            i, place, base, begin, end, codes, entries, WORDS, LANES, LANE_WORDS, CHECKED
+        step = rows_of_words.read_step(
+            *(i, place, sign, base, table, begin, end, codes, entries),
+            *(WORDS, LANES, LANE_WORDS, TUNSTALL, CHECKED),
         )
+        found, windows, column, place, sign = step
         for w in tl.static_range(LANE_WORDS):
-            for field in tl.static_range(3):
-                at, present, is_high = rows_of_words.nonzero(found[w], column, field)
+            for field in tl.static_range(FIELDS):
+                at, present, is_high = rows_of_words.nonzero(
+                    found[w], windows[w], column, field, TUNSTALL
+                )
                 if CHECKED:
+                    outside += tl.sum((present & (at >= COLUMNS)).to(tl.int32), axis=1)
                     present &= at.to(tl.uint32) < COLUMNS
                 tl.store(rows_of_out + at, tl.where(is_high, high, low), mask=present)
-            column += (found[w] & 31).to(tl.int32)
+            column += rows_of_words.length(found[w], TUNSTALL)
 
     if CHECKED:
         tl.debug_barrier()
-        wrong = inside & (place != tl.where(expert < EXPERTS, COLUMNS + COLUMNS % 2, 0))
+        is_sound = rows_of_words.sound(
+            place, sign, last_sign, outside, expert, COLUMNS, EXPERTS, TUNSTALL
+        )
+        wrong = inside & (is_sound == 0)
         nan = tl.full((TILE_ROWS, 1), float("nan"), dtype)
         tl.store(rows_of_out, nan, mask=wrong[:, None])

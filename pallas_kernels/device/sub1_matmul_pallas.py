@@ -64,43 +64,32 @@ def _kernel(
     stop_ref,
     x_ref,  # [tokens, columns]
     codes_ref,  # [words / 64, 64]
-    bases_ref,  # [experts]
-    starts_ref,  # [experts, rows + 1]
-    values_ref,  # [experts, rows, 2]
-    entries_ref,  # [65536]
-    y_ref,  # [tokens, rows]
+    *refs,  # the record's others, the table [entries], and y [tokens, rows]
 ):
+    *record_refs, entries_ref, y_ref = refs
     columns = packed_shape[2]
     tile, block = pl.program_id(0), pl.program_id(1)
     expert, first, stop = expert_ref[tile], first_ref[tile], stop_ref[tile]
-    rows = rows_of_words_pallas.open_rows(
-        shape, packed_shape, expert, block, bases_ref, starts_ref, values_ref
-    )
+    rows = rows_of_words_pallas.open_rows(shape, packed_shape, expert, block, *record_refs)
     low, high = (value.astype(jnp.float32) for value in (rows.low, rows.high))
     # A tile's last tokens may be missing: then the last one is read again, and not stored.
     tokens = [jnp.minimum(first + t, x_ref.shape[0] - 1) for t in range(height)]
 
-    def step(i, state):
-        place_R, sums = state
-        nonzeros, place_R = rows_of_words_pallas.read_step(
-            shape, rows, i, place_R, codes_ref, entries_ref, columns, checked
-        )
-        sums = list(sums)
-        for column, present, is_high in nonzeros:
-            weight = jnp.where(is_high, high, low)
-            for t, token in enumerate(tokens):
-                at, zero = x_ref.at[token, column], jnp.zeros((), x_ref.dtype)
-                value = plgpu.load(at, mask=present, other=zero)
-                sums[t] += weight * value.astype(jnp.float32)
-        return place_R, tuple(sums)
+    def multiply(sums, nonzero):
+        weight, sums = jnp.where(nonzero.is_high, high, low), list(sums)
+        for t, token in enumerate(tokens):
+            at, zero = x_ref.at[token, nonzero.column], jnp.zeros((), x_ref.dtype)
+            value = plgpu.load(at, mask=nonzero.present, other=zero)
+            sums[t] += weight * value.astype(jnp.float32)
+        return tuple(sums)
 
-    zeros = jnp.zeros((shape.rows, shape.lanes), jnp.float32)
-    state = jnp.zeros((shape.rows,), jnp.int32), (zeros,) * height
-    place_R, sums = jax.lax.fori_loop(0, rows_of_words_pallas.steps(shape, rows), step, state)
+    zeros = (jnp.zeros((shape.rows, shape.lanes), jnp.float32),) * height
+    sums, sound_R = rows_of_words_pallas.for_each_nonzero(
+        shape, rows, codes_ref, entries_ref, columns, checked, multiply, zeros
+    )
     for t in range(height):
         y_R = jnp.sum(sums[t], axis=1)
         if checked:
-            sound_R = (place_R == columns + columns % 2) | (expert >= packed_shape[0])
-            y_R = jnp.where(sound_R, y_R, jnp.nan)
+            y_R = jnp.where(sound_R | (expert >= packed_shape[0]), y_R, jnp.nan)
         stored_R = rows.inside & (first + t < stop)
         plgpu.store(y_ref.at[first + t, rows.row], y_R.astype(y_ref.dtype), mask=stored_R)

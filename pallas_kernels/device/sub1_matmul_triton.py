@@ -67,6 +67,8 @@ def sub1_matmul_kernel(
     bases,
     starts,
     values,
+    trees,
+    sign_starts,
     entries,
     y,  # [TOKENS, ROWS]
     TOKENS: tl.constexpr,
@@ -77,6 +79,8 @@ def sub1_matmul_kernel(
     TILE_ROWS: tl.constexpr,
     LANES: tl.constexpr,
     LANE_WORDS: tl.constexpr,
+    FIELDS: tl.constexpr,
+    TUNSTALL: tl.constexpr,
     HEIGHT: tl.constexpr,
     CHECKED: tl.constexpr,
 ):
@@ -84,9 +88,11 @@ def sub1_matmul_kernel(
     expert = tl.load(tile_expert + tile)
     first = tl.load(tile_first + tile)
     stop = tl.load(tile_stop + tile)
-    row, _, base, begin, end, low, high = rows_of_words.open_rows(
-        expert, tl.program_id(1), bases, starts, values, EXPERTS, ROWS, TILE_ROWS
+    opened = rows_of_words.open_rows(
+        *(expert, tl.program_id(1), bases, starts, values, trees, sign_starts),
+        *(EXPERTS, ROWS, TILE_ROWS, TUNSTALL),
     )
+    row, _, base, table, begin, end, low, high, sign, last_sign = opened
     low, high = low.to(tl.float32), high.to(tl.float32)
     # A tile's last tokens may be missing: then the last one is read again, and not stored.
     rows_of_x = ()
@@ -97,15 +103,21 @@ def sub1_matmul_kernel(
         sums = sums + (tl.zeros((TILE_ROWS, LANES), tl.float32),)  # noqa: RUF005
 
     place = tl.zeros((TILE_ROWS,), tl.int32)
+    outside = place
     words = tl.max((end - begin).to(tl.int32), axis=0)
     for i in range((words + LANES * LANE_WORDS - 1) // (LANES * LANE_WORDS)):
-        found, column, place = rows_of_words.read_step(
-            i, place, base, begin, end, codes, entries, WORDS, LANES, LANE_WORDS, CHECKED
+        step = rows_of_words.read_step(
+            *(i, place, sign, base, table, begin, end, codes, entries),
+            *(WORDS, LANES, LANE_WORDS, TUNSTALL, CHECKED),
         )
+        found, windows, column, place, sign = step
         for w in tl.static_range(LANE_WORDS):
-            for field in tl.static_range(3):
-                at, present, is_high = rows_of_words.nonzero(found[w], column, field)
+            for field in tl.static_range(FIELDS):
+                at, present, is_high = rows_of_words.nonzero(
+                    found[w], windows[w], column, field, TUNSTALL
+                )
                 if CHECKED:
+                    outside += tl.sum((present & (at >= COLUMNS)).to(tl.int32), axis=1)
                     present &= at.to(tl.uint32) < COLUMNS
                 weight = tl.where(is_high, high, low)
                 added = ()
@@ -113,13 +125,15 @@ def sub1_matmul_kernel(
                     value = tl.load(rows_of_x[t] + at, mask=present, other=0)
                     added = added + (sums[t] + weight * value.to(tl.float32),)  # noqa: RUF005
                 sums = added
-            column += (found[w] & 31).to(tl.int32)
+            column += rows_of_words.length(found[w], TUNSTALL)
 
     for t in tl.static_range(HEIGHT):
         total = tl.sum(sums[t], axis=1)
         if CHECKED:
-            expected = tl.where(expert < EXPERTS, COLUMNS + COLUMNS % 2, 0)
-            total = tl.where(place == expected, total, float("nan"))
+            is_sound = rows_of_words.sound(
+                place, sign, last_sign, outside, expert, COLUMNS, EXPERTS, TUNSTALL
+            )
+            total = tl.where(is_sound, total, float("nan"))
         at = y + (first + t).to(tl.int64) * ROWS + row
         stored_rows = tl.where(first + t < stop, ROWS, 0)
         tl.store(at, total.to(y.dtype.element_ty), mask=row < stored_rows)

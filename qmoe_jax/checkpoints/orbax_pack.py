@@ -28,6 +28,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Shaped
 
 from pallas_kernels import packed as packed_lib
+from pallas_kernels import validation
 from pallas_kernels.packed import PackedExperts, UniformExperts
 from qmoe_jax.checkpoints import (
     array_files,
@@ -42,7 +43,7 @@ from qmoe_jax.checkpoints.array_files import FileEntry
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_arrays import Arrays, Experts
 from qmoe_jax.checkpoints.packed_manifest import GroupEntry, PackedCheckpoint
-from qmoe_jax.codec import dictionary, packing
+from qmoe_jax.codec import dictionary
 from qmoe_jax.models.config import Stack
 
 FORMAT = "qmoe_jax packed checkpoint in Orbax"
@@ -133,7 +134,7 @@ def static_fields(store: PackedCheckpoint) -> dict[str, dict[str, Any]]:
         for matrix, (E, C, R) in _matrix_shapes(store).items():
             named: dict[str, Any] = {"shape": [E, R, C]}
             if codec == "qmoe":
-                named |= {"type": "PackedExperts", "codec": packing.CODEC}
+                named |= {"type": "PackedExperts", "codec": "qmoe"}
             elif codec == "uniform":
                 bits = groups[0].file.arrays[f"{matrix}/codes"].shape[-1]
                 columns = packed_manifest.group_size(store.header)
@@ -329,9 +330,9 @@ def _layer(checkpoint: OrbaxPack, stack: Stack, layer: int) -> dict[str, PackedE
         arrays = {key.removeprefix(path): read[key] for key in names if key.startswith(path)}
         if header.codec == "qmoe":
             parts = [arrays[part] for part in PACKED_PARTS]
-            found[matrix] = PackedExperts(*parts, shape=(E, R, C), codec=packing.CODEC)
+            found[matrix] = PackedExperts(*parts, shape=(E, R, C), codec="qmoe")
             with _damaged(f"{checkpoint.path}: `{path[:-1]}`"):
-                packed_lib.validate(found[matrix], dictionary.nonzero_table())
+                validation.validate(found[matrix], dictionary.nonzero_table())
         else:
             found[matrix] = arrays
     return found

@@ -16,8 +16,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from pallas_kernels import packed as packed_lib
+from pallas_kernels import validation
 from pallas_kernels.packed import CHUNK_LEVELS, HostOrDevice, PackedExperts, UniformExperts
-from qmoe_jax.codec import dictionary, packing, uniform
+from qmoe_jax.codec import dictionary, uniform
 
 Codec: TypeAlias = Literal["qmoe", "uniform", "dense"]
 # One matrix of a group of experts: packed, bit-packed, or [experts, in, out] as it is.
@@ -112,8 +113,8 @@ def _packed_experts(arrays: Arrays, columns: int) -> PackedExperts:
     if ends[-1] != codes.size:
         raise ValueError(f"its rows have {ends[-1]} words, its codes {codes.size}")
     words, starts = np.split(codes, ends[:-1]), row_starts.astype(np.uint32)
-    record = packed_lib.assemble(words, starts, arrays["row_values"], columns, packing.CODEC)
-    packed_lib.validate(record, dictionary.nonzero_table())
+    record = packed_lib.assemble(words, starts, arrays["row_values"], columns, "qmoe")
+    validation.validate(record, dictionary.nonzero_table())
     return record
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from qmoe_jax.checkpoints import packed, published
 from qmoe_jax.checkpoints.packed_manifest import Header, PackedCheckpoint
 from qmoe_jax.checkpoints.published import PublishedCheckpoint
-from qmoe_jax.codec import packing
 from qmoe_jax.models import config as configs
 
 EXPERTS_PER_GROUP = 16  # that of the published code
@@ -71,6 +70,4 @@ def _header(checkpoint: PublishedCheckpoint, experts_per_group: int) -> Header:
         "sparse_layers": len(checkpoint.layers),
         "experts": config.num_experts,
     }
-    return Header(
-        config, packing.CODEC, {"import": {"experts_per_group": experts_per_group}}, source
-    )
+    return Header(config, "qmoe", {"import": {"experts_per_group": experts_per_group}}, source)

@@ -17,7 +17,7 @@ import heapq
 import numpy as np
 from jaxtyping import Int32, UInt8, UInt32
 
-from pallas_kernels import packed
+from pallas_kernels import dictionary_words
 
 WORDS = 65_536
 ROOT = WORDS  # node id of the empty string in `encode_table`
@@ -59,9 +59,9 @@ def build() -> Dictionary:
 def nonzero_table() -> UInt32[np.ndarray, " words"]:
     """One uint32 per word for kernels: its length and its at most three non-zeros.
 
-    The layout is `pallas_kernels.packed.word_entries`'s.
+    The layout is `pallas_kernels.dictionary_words.word_entries`'s.
     """
-    table = packed.word_entries(word_trits(), build().lengths * np.uint8(2))
+    table = dictionary_words.word_entries(word_trits(), build().lengths * np.uint8(2))
     table.flags.writeable = False
     return table
 

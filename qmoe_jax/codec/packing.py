@@ -1,26 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trits to `PackedExperts` and back: the "qmoe" codec (QMoE, arXiv 2310.16795, section 4).
+"""Trits to `PackedExperts` and back, by either codec.
 
-Every row is a string of its own: its trits are taken in pairs (an odd width ends in one extra zero)
-and parsed greedily into the longest words of the dictionary. Rows are parsed all at once, one pair
-a step: the state of a row is a node of the trie. `pallas_kernels.sub1_decode` reads them again.
+    qmoe       the words of QMoE's fixed dictionary (arXiv 2310.16795, section 4); the default
+    tunstall   words of one of a few trees, signs apart: near entropy
+
+`pallas_kernels.sub1_decode` reads both again.
 """
 
 import dataclasses
 import functools
+from typing import Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, BFloat16, Bool, Float, Int, Int32, UInt8, UInt16, UInt32
+from jaxtyping import Array, BFloat16, Float, Int, Int32, UInt8, UInt16, UInt32
 
 from pallas_kernels import packed as packed_lib
-from pallas_kernels import sub1_decode
+from pallas_kernels import sub1_decode, tunstall_words, validation
 from pallas_kernels.packed import HostOrDevice, PackedExperts
-from qmoe_jax.codec import dictionary
+from pallas_kernels.validation import words_of
+from qmoe_jax.codec import dictionary, dictionary_parse, tunstall, tunstall_parse
 
-CODEC = "qmoe"
+Codec: TypeAlias = Literal["qmoe", "tunstall"]
+CODECS: tuple[Codec, ...] = get_args(Codec)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,9 +36,20 @@ class PublishedMatrix:
     ter_minmax: BFloat16[np.ndarray, " values"]  # min and max of row 0, of row 1, ...
 
 
+def entries(codec: str) -> UInt32[np.ndarray, " entries"]:
+    """The run-time table of a codec's words, which decoders and kernels take; built once.
+
+    Raises:
+      ValueError: there is no such codec of ternary experts.
+    """
+    words_of(codec)
+    return dictionary.nonzero_table() if codec == "qmoe" else tunstall.entries()
+
+
 def pack_ternary(
     trits: UInt8[HostOrDevice, "experts rows columns"],
     row_values: Float[HostOrDevice, "experts rows 2"],
+    codec: str = "qmoe",
 ) -> PackedExperts:
     """Packs a group of experts; about 4 bytes of working memory a weight.
 
@@ -44,6 +59,7 @@ def pack_ternary(
     Args:
       trits: 0 = zero, 1 = the row's min, 2 = its max.
       row_values: min and max of each row, finite and exact in bfloat16.
+      codec: of the words.
 
     Returns:
       A record of one slab, on the default device. The slab is padded to one of a few sizes, so that
@@ -63,16 +79,13 @@ def pack_ternary(
     if row_values.shape != (experts, rows, 2):
         raise ValueError(f"`row_values` must be {(experts, rows, 2)}, got {row_values.shape}")
     values = _exact_bfloat16(row_values)
-    words, ends, counts, highest = _parse(trits, values, dictionary.build().encode_table)
+    coded, highest = _without_zero_values(trits, values)
     if int(highest) > 2:
         raise ValueError(f"`trits` must be 0, 1 or 2, got {int(highest)}")
-    row_starts = np.zeros((experts, rows + 1), np.uint32)
-    np.cumsum(np.asarray(counts), axis=1, out=row_starts[:, 1:])
-    bases, size = packed_lib.expert_layout(row_starts[:, -1])
-    first = bases[:, None].astype(np.int64) * packed_lib.BLOCK_WORDS + row_starts[:, :-1]
-    codes = _compact(words, ends, first.astype(np.int32), _bucket(size))
-    on_device = map(jnp.asarray, (codes[None], bases, row_starts, values))
-    return PackedExperts(*on_device, shape=(experts, rows, columns), codec=CODEC)
+    shape = (experts, rows, columns)
+    if codec == "qmoe":
+        return _pack_by_dictionary(coded, values, shape)
+    return _pack_by_trees(coded, values, shape)
 
 
 def unpack_ternary(
@@ -85,16 +98,15 @@ def unpack_ternary(
     meaningful trits.
 
     Raises:
-      ValueError: a record of another codec, or a static range that leaves the record.
+      ValueError: a record of an unknown codec, or a static range that leaves the record.
     """
-    if packed.codec != CODEC:
-        raise ValueError(f"`packed` is of codec {packed.codec!r}, expected {CODEC!r}")
+    words_of(packed.codec)
     experts = packed.expert_bases.shape[0]
     size = experts if count is None else count
     if isinstance(first, int) and not 0 <= first < first + size <= experts:
         raise ValueError(f"experts [{first}, {first + size}) are not a part of {experts} experts")
     index = jnp.asarray(first, jnp.int32)
-    return _write_out(packed, index, size, jnp.asarray(dictionary.nonzero_table()))
+    return _write_out(packed, index, size, jnp.asarray(entries(packed.codec)))
 
 
 def to_published(packed: PackedExperts, expert: int) -> PublishedMatrix:
@@ -120,9 +132,38 @@ def from_published(matrix: PublishedMatrix, columns: int) -> PackedExperts:
         )
     row_values = matrix.ter_minmax.reshape(1, -1, 2)
     row_starts = matrix.row_off[None].astype(np.uint32)
-    packed = packed_lib.assemble([matrix.w_comp], row_starts, row_values, columns, CODEC)
-    packed_lib.validate(packed, dictionary.nonzero_table())
+    packed = packed_lib.assemble([matrix.w_comp], row_starts, row_values, columns, "qmoe")
+    validation.validate(packed, entries("qmoe"))
     return packed
+
+
+def _pack_by_dictionary(coded, values, shape: tuple[int, int, int]) -> PackedExperts:
+    parsed = dictionary_parse.parse(coded)
+    row_starts = _row_starts(parsed.row_words)
+    bases, size = packed_lib.expert_layout(row_starts[:, -1])
+    first = bases[:, None].astype(np.int64) * packed_lib.BLOCK_WORDS + row_starts[:, :-1]
+    codes = dictionary_parse.write(parsed, first.astype(np.int32), _bucket(size))
+    on_device = map(jnp.asarray, (codes[None], bases, row_starts, values))
+    return PackedExperts(*on_device, shape=shape, codec="qmoe")
+
+
+def _pack_by_trees(coded, values, shape: tuple[int, int, int]) -> PackedExperts:
+    parsed = tunstall_parse.parse(coded)
+    row_starts = _row_starts(parsed.row_words)
+    signs = tunstall_words.sign_starts(np.asarray(parsed.nonzeros), row_starts[:, -1])
+    bases, size = packed_lib.expert_layout(packed_lib.units_of_bits(signs[:, -1]))
+    base = bases[:, None].astype(np.int64) * packed_lib.BLOCK_WORDS
+    unit, bit = np.divmod(signs[:, :-1].astype(np.int32), tunstall_words.UNIT_BITS)
+    places = (base + row_starts[:, :-1], base + unit, bit)
+    codes = tunstall_parse.write(parsed, *(of.astype(np.int32) for of in places), _bucket(size))
+    on_device = map(jnp.asarray, (codes[None], bases, row_starts, values))
+    more = {"trees": jnp.asarray(parsed.trees), "sign_starts": jnp.asarray(signs)}
+    return PackedExperts(*on_device, shape=shape, codec="tunstall", **more)
+
+
+def _row_starts(row_words: Int32[Array, "experts rows"]) -> UInt32[np.ndarray, "experts starts"]:
+    ends = np.cumsum(np.asarray(row_words), axis=1, dtype=np.uint32)
+    return np.pad(ends, ((0, 0), (1, 0)))
 
 
 def _exact_bfloat16(
@@ -140,73 +181,21 @@ def _exact_bfloat16(
     return rounded
 
 
+@jax.jit
+def _without_zero_values(
+    trits_ERC: UInt8[Array, "experts rows columns"], values_ER2: BFloat16[Array, "experts rows 2"]
+) -> tuple[UInt8[Array, "experts rows columns"], UInt8[Array, ""]]:
+    """Trits, those whose value is 0 made trit 0; and the highest given."""
+    no_ER2 = values_ER2 == 0
+    is_zero_ERC = ((trits_ERC == 1) & no_ER2[..., :1]) | ((trits_ERC == 2) & no_ER2[..., 1:])
+    return jnp.where(is_zero_ERC, jnp.uint8(0), trits_ERC), trits_ERC.max()
+
+
 def _bucket(words: int) -> int:
     """Rounds up to one of 4 sizes an octave (at most 25% more), a multiple of 64."""
+    words = max(words, 1)
     step = max(packed_lib.BLOCK_WORDS, 2 ** max(words.bit_length() - 3, 0))
     return -(-words // step) * step
-
-
-@jax.jit
-def _parse(
-    trits_ERC: UInt8[Array, "experts rows columns"],
-    row_values_ER2: BFloat16[Array, "experts rows 2"],
-    encode_table: Int32[Array, "nodes 9"],
-) -> tuple[
-    UInt16[Array, "pairs experts rows"],
-    Bool[Array, "pairs experts rows"],
-    Int32[Array, "experts rows"],
-    UInt8[Array, ""],
-]:
-    """Greedy parse of all rows: the word read so far at each pair, and whether it ends there.
-
-    Also the words of each row and the highest trit seen.
-    """
-    experts, rows, columns = trits_ERC.shape
-    is_zero_ER2 = row_values_ER2 == 0
-    is_zero_ERC = ((trits_ERC == 1) & is_zero_ER2[..., :1]) | (
-        (trits_ERC == 2) & is_zero_ER2[..., 1:]
-    )
-    coded_ERC = jnp.where(is_zero_ERC, jnp.uint8(0), trits_ERC)
-    padded = jnp.pad(coded_ERC, ((0, 0), (0, 0), (0, columns % 2)))
-    pairs = padded.reshape(experts, rows, -1, 2)
-    digits_PER = jnp.moveaxis(pairs[..., 0] + 3 * pairs[..., 1], 2, 0)
-
-    def read_pair(node_ER, digit_ER):
-        digit_ER = digit_ER.astype(jnp.int32)
-        child = encode_table[node_ER, digit_ER]
-        word_is_over = child < 0
-        node = jnp.where(word_is_over, encode_table[dictionary.ROOT, digit_ER], child)
-        return node, (node.astype(jnp.uint16), word_is_over)
-
-    root = jnp.full((experts, rows), dictionary.ROOT, jnp.int32)
-    _, (words_PER, begins_PER) = lax.scan(read_pair, root, digits_PER)
-    # A word ends where the next pair begins one, and at the row's last pair: its prefix is a word.
-    ends_PER = jnp.concatenate([begins_PER[1:], jnp.ones((1, experts, rows), bool)])
-    return words_PER, ends_PER, ends_PER.sum(axis=0, dtype=jnp.int32), trits_ERC.max()
-
-
-@functools.partial(jax.jit, static_argnames="size")
-def _compact(
-    words_PER: UInt16[Array, "pairs experts rows"],
-    ends_PER: Bool[Array, "pairs experts rows"],
-    first_ER: Int32[Array, "experts rows"],
-    size: int,
-) -> UInt16[Array, " size"]:
-    """Every row's words, one after another from the row's first place on.
-
-    Each pair writes the word read so far where the row stands, over the word's own prefixes, and
-    the row moves on where the word ends. On a CPU nine times as fast as one scatter of all pairs.
-    """
-
-    def write_word(state, step):
-        codes, position_ER = state
-        word_ER, ends_ER = step
-        codes = codes.at[position_ER].set(word_ER, mode="promise_in_bounds", unique_indices=True)
-        return (codes, position_ER + ends_ER.astype(jnp.int32)), None
-
-    start = jnp.zeros(size, jnp.uint16), first_ER
-    (codes, _), _ = lax.scan(write_word, start, (words_PER, ends_PER))
-    return codes
 
 
 @functools.partial(jax.jit, static_argnames="count")
@@ -214,10 +203,10 @@ def _write_out(
     packed: PackedExperts,
     first: Int32[Array, ""],
     count: int,
-    entries: UInt32[Array, " words"],
+    table: UInt32[Array, " entries"],
 ) -> UInt8[Array, "count rows columns"]:
     """One expert after another; a range that leaves the record ends with it."""
     start = jnp.clip(first, 0, packed.expert_bases.shape[0] - count)
     return lax.map(
-        functools.partial(sub1_decode.expert_trits, packed, entries), start + jnp.arange(count)
+        functools.partial(sub1_decode.expert_trits, packed, table), start + jnp.arange(count)
     )

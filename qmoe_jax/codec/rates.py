@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from pallas_kernels import dictionary_words
 from pallas_kernels import packed as packed_lib
 from pallas_kernels.packed import PackedExperts, UniformExperts
 from qmoe_jax.codec import dictionary
@@ -55,7 +56,7 @@ def zero_fraction(packed: PackedExperts) -> float:
     Packing stores a trit whose row value is 0 as trit 0, so this is the share of zero weights.
     """
     host = packed_lib.to_host(packed)
-    nonzeros = packed_lib.entry_count(dictionary.nonzero_table()).astype(np.uint8)
+    nonzeros = dictionary_words.entry_count(dictionary.nonzero_table()).astype(np.uint8)
     experts = range(packed.shape[0])
     found = (nonzeros[packed_lib.expert_words(host, e)].sum(dtype=np.int64) for e in experts)
     return 1 - int(sum(found)) / int(np.prod(packed.shape, dtype=np.int64))
