@@ -147,6 +147,12 @@ def expert_sizes(host: PackedExperts) -> Int[np.ndarray, " experts"]:
     return units_of_bits(np.asarray(host.sign_starts)[:, -1])
 
 
+def sign_counts(host: PackedExperts) -> Int[np.ndarray, " experts"]:
+    """Non-zeros of each expert, whose signs are apart (codec "tunstall")."""
+    words = np.asarray(host.row_starts, np.int64)[:, -1]
+    return np.asarray(host.sign_starts, np.int64)[:, -1] - 16 * words
+
+
 def units_of_bits(bits: Integer[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     """16-bit units that hold so many bits."""
     return -(-bits.astype(np.int64) // 16)

@@ -199,6 +199,7 @@ TARGETS = {
     "orbax pack": Target(_make_orbax_pack, _read_orbax_pack),
     "published": Target(_make_published, _read_published),
     "ternary": Target(lambda folder: tiny_stores.write(folder, Kind("qmoe")), _read_packed),
+    "tunstall": Target(lambda folder: tiny_stores.write(folder, Kind("tunstall")), _read_packed),
     "uniform": Target(lambda path: tiny_stores.write(path, Kind("uniform", 3, 32)), _read_packed),
 }
 

@@ -111,7 +111,12 @@ def test_a_stream_is_what_is_generated(sampling):
 
 @pytest.mark.parametrize(
     "kind",
-    [Kind("qmoe"), Kind("qmoe", config=tiny_stores.GATED), Kind("uniform", bits=3)],
+    [
+        Kind("qmoe"),
+        Kind("qmoe", config=tiny_stores.GATED),
+        Kind("tunstall"),
+        Kind("uniform", bits=3),
+    ],
     ids=str,
 )
 def test_packed_generation_is_dequantized_generation(kind, tmp_path):

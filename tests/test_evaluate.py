@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import rich.console
 
+from pallas_kernels.grid_levels import Bits
 from qmoe_jax.calibration.text import Text
 from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.packed_manifest import Codec
 from qmoe_jax.inference import packed_walk
 from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.runs import compress, evaluate
@@ -82,7 +84,7 @@ def corpora(text, request):
 
 @pytest.fixture(scope="session")
 def packs(text, data_dir, tmp_path_factory):
-    """Ternary and 2-bit packs in groups of 3, 3 and 2 experts, and their reports."""
+    """Packs of each codec in groups of 3, 3 and 2 experts, and their reports."""
     folder = tmp_path_factory.mktemp("packs")
     heldout = dataclasses.replace(text, validation_files=[text.files])  # with another seed
     options: dict[str, Any] = {
@@ -91,13 +93,16 @@ def packs(text, data_dir, tmp_path_factory):
         "num_validation_samples": 4,
     }
     made = {}
-    for name, bits in (("qmoe", "ternary"), ("uniform", 2)):
+    kinds: tuple[tuple[Codec, Bits], ...]
+    kinds = ("qmoe", "ternary"), ("tunstall", "ternary"), ("uniform", 2)
+    for name, bits in kinds:
         path = folder / name
         report = compress.compress(
             checkpoint(data_dir),
             str(path),
             heldout,
             quantizer=Quantizer(bits=bits),
+            codec=name,
             console=quiet(),
             **options,
         )
@@ -144,7 +149,7 @@ def test_losses_by_corpus_are_those_of_separate_runs(corpora, packs, data_dir):
     assert abs(change["difference"]) > 1e-4
 
 
-@pytest.mark.parametrize("codec", ["qmoe", "uniform"])
+@pytest.mark.parametrize("codec", ["qmoe", "tunstall", "uniform"])
 def test_packed_weights_give_the_losses_of_the_dense_ones(codec, corpora, packs, monkeypatch):
     path, _ = packs[codec]
     calls = []

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import rich.console
+import tiny_stores
 import tiny_switch
 from flax.traverse_util import unflatten_dict
 
@@ -49,9 +50,10 @@ def exported(store, folder, form, **options) -> str:
     return text.getvalue()
 
 
-@pytest.mark.parametrize("form", ["t5x", "huggingface", "orbax"])
+@pytest.mark.parametrize("form", ["t5x", "huggingface", "orbax", "packed"])
 def test_the_model_is_the_same_in_every_form(form, store, logits, tmp_path):
-    said = exported(store, tmp_path / "out", form)
+    codec = {"export_codec": "tunstall"} if form == "packed" else {}
+    said = exported(store, tmp_path / "out", form, **codec)
     assert "encoder" in said and ("100% done" in said or form == "orbax")
     back = tmp_path / "out"
     if form == "orbax":
@@ -61,7 +63,7 @@ def test_the_model_is_the_same_in_every_form(form, store, logits, tmp_path):
     found = source.all_params(source.open_source(back))
     assert found.keys() == expected.keys()
     for name, array in expected.items():
-        dtype = array.dtype if form == "orbax" else np.float32
+        dtype = array.dtype if form in ("orbax", "packed") else np.float32
         np.testing.assert_array_equal(found[name], array.astype(dtype), strict=True, err_msg=name)
     np.testing.assert_array_equal(logits(found), logits(expected), strict=True)
 
@@ -81,15 +83,27 @@ def test_bfloat16_is_the_cast(form, tmp_path):
     assert (len(shards) > 1) == (form == "huggingface")
 
 
-@pytest.mark.parametrize("form", ["t5x", "huggingface", "orbax"])
+def test_the_other_codec_takes_fewer_bytes_and_converts_back(store, tmp_path):
+    exported(store, tmp_path / "b", "packed", export_codec="tunstall")
+    exported(tmp_path / "b", tmp_path / "c", "packed", export_codec="qmoe")
+    one, two, three = (
+        {path.name: path.read_bytes() for path in folder.glob("experts/*")}
+        for folder in (store, tmp_path / "b", tmp_path / "c")
+    )
+    assert three == one and two.keys() == one.keys()
+    assert sum(map(len, two.values())) < 0.97 * sum(map(len, one.values()))
+
+
+@pytest.mark.parametrize("form", ["t5x", "huggingface", "orbax", "packed"])
 def test_dry_run_writes_nothing(form, store, tmp_path):
-    said = exported(store, tmp_path / "a" / "out", form, dry_run=True)
+    codec = {"export_codec": "tunstall"} if form == "packed" else {}
+    said = exported(store, tmp_path / "a" / "out", form, dry_run=True, **codec)
     assert "bytes" in said and "nothing was written" in said
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("dry_run", [True, False])
-def test_refusals_come_before_any_writing(dry_run, store, tmp_path, monkeypatch):
+def test_refusals_come_before_any_writing(dry_run, store, tmp_path, tmp_path_factory, monkeypatch):
     out, gated = tmp_path / "out", tiny_switch.DATA / "tiny_switch_xxl" / "legacy"
 
     def refused(message, *arguments, error: type[Exception] = CheckpointError, **options):
@@ -106,6 +120,15 @@ def test_refusals_come_before_any_writing(dry_run, store, tmp_path, monkeypatch)
         export_dtype="bfloat16",
         error=ValueError,
     )
+    for form, codec, message in (
+        ("packed", None, "EXPORT_CODEC is None with EXPORT_FORMAT 'packed': give the one of"),
+        ("orbax", "qmoe", "EXPORT_CODEC is 'qmoe' with EXPORT_FORMAT 'orbax'"),
+    ):
+        refused(message, store, out, form, export_codec=codec, error=ValueError)
+    uniform = tmp_path_factory.mktemp("uniform") / "store"
+    tiny_stores.write(uniform, tiny_stores.Kind("uniform", 3))
+    refused("is of codec 'uniform'", uniform, out, "packed", export_codec="tunstall")
+    refused("is no packed checkpoint", gated, out, "packed", export_codec="qmoe")
     refused("MAX_SHARD_BYTES is 0", store, out, "huggingface", max_shard_bytes=0, error=ValueError)
     refused("cannot write to gs://bucket/x", store, "gs://bucket/x", "huggingface")
     refused("cannot write to gs://bucket/x", store, "gs://bucket/x", "orbax")

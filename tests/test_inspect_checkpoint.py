@@ -83,7 +83,9 @@ def test_of_several_steps_the_newest_is_taken_and_printed_whole(tmp_path):
     assert found.path in text.getvalue().splitlines()
 
 
-@pytest.mark.parametrize("kind", [Kind("qmoe"), Kind("uniform", 3, 32), Kind("dense")])
+@pytest.mark.parametrize(
+    "kind", [Kind("qmoe"), Kind("tunstall"), Kind("uniform", 3, 32), Kind("dense")]
+)
 def test_packed(kind, tmp_path, no_reads):
     store = tiny_stores.write(tmp_path / "store", kind)
     found = inspect_checkpoint.describe(tmp_path / "store")

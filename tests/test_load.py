@@ -11,6 +11,7 @@ from flax.traverse_util import unflatten_dict
 from tiny_stores import Kind
 
 from qmoe_jax.checkpoints import source
+from qmoe_jax.codec import packing
 from qmoe_jax.inference import load
 from qmoe_jax.models.switch import Switch
 
@@ -19,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 KINDS = [
     Kind("qmoe"),
     Kind("qmoe", config=tiny_stores.GATED),
+    Kind("tunstall"),
     Kind("uniform", bits=2),
     Kind("uniform", bits=3, group_size=16),
     Kind("uniform", bits=4, config=tiny_stores.GATED),
@@ -56,13 +58,16 @@ def test_logits_are_those_of_the_dequantized_model(kind, tmp_path):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("kind", KINDS[:4], ids=str)
+@pytest.mark.parametrize("kind", KINDS[:5], ids=str)
 def test_packed_experts_stay_packed(kind, tmp_path):
     store = tiny_stores.write(tmp_path / "store", kind)
     model = load.load(tmp_path / "store")
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(model.variables)]
     assert not any("expert" in name and "kernel" in name for name in names)
-    table = 4 << 16 if kind.codec == "qmoe" else 0
+    table = 0 if kind.codec == "uniform" else packing.entries(kind.codec).nbytes
+    if kind.codec == "tunstall":  # where the signs of each row begin
+        rows = sum(kind.config.emb_dim + kind.config.expert_mlp_dim for _ in tiny_stores.PLACES)
+        table += 4 * kind.config.num_experts * (rows + 4)
     padding = (
         2
         * 64

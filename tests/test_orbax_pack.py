@@ -32,6 +32,7 @@ BLOCKS = re.findall(
 )
 KINDS = [
     Kind("qmoe"),
+    Kind("tunstall"),
     Kind("uniform", 3, 32),
     Kind("uniform", 2),
     Kind("dense"),
@@ -115,7 +116,9 @@ def test_lines_of_the_documentation_restore_it(tmp_path):
     tiny_stores.assert_same(found["wi"], expected["wi"])
 
 
-@pytest.mark.parametrize("kind", [Kind("qmoe"), Kind("uniform", 3)], ids=lambda kind: kind.codec)
+@pytest.mark.parametrize(
+    "kind", [Kind("qmoe"), Kind("tunstall"), Kind("uniform", 3)], ids=lambda kind: kind.codec
+)
 def test_lines_of_the_documentation_restore_it_sharded(kind, tmp_path):
     """In a process of eight devices, each of which holds its slab only."""
     store = export(dataclasses.replace(kind, config=EIGHT, groups=EIGHT_IN_GROUPS), tmp_path)
@@ -148,7 +151,8 @@ np.savez(out, **{name: np.asarray(leaf).view(np.uint8) for name, leaf in experts
     assert done.returncode == 0, done.stderr
     tree = ocp.PyTreeCheckpointer().restore(tmp_path / "orbax")
     with np.load(tmp_path / "out.npz") as found:
-        assert len(found.files) == len(store.groups) * 2 * (4 if kind.codec == "qmoe" else 3)
+        parts = {"qmoe": 4, "tunstall": 6, "uniform": 3}[kind.codec]
+        assert len(found.files) == len(store.groups) * 2 * parts
         for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
             if "['expert']" in (name := jax.tree_util.keystr(keys)):
                 np.testing.assert_array_equal(found[name], leaf.view(np.uint8))

@@ -147,6 +147,7 @@ def _set(manifest: Any, path: str, value: Any) -> None:
     [
         ("codec", "other", "codec 'other' is unknown"),
         ("codec", "qmoe", r"holds \['wi/codes', 'wi/scale', .*expected \['wi/codes', 'wi/row_l"),
+        ("codec", "tunstall", r"expected \['wi/codes', 'wi/nonzeros', 'wi/row_l.*wi/trees"),
         ("codec", "dense", "expected.*wi/kernel"),
         ("settings", None, "`settings` is missing or not of type dict"),
         ("settings.quantizer", 3, "quantizer's settings are missing"),

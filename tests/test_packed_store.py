@@ -23,6 +23,7 @@ BFLOAT16 = ml_dtypes.bfloat16
 KINDS = [
     Kind("qmoe"),
     Kind("qmoe", dtype=BFLOAT16, config=GATED),
+    Kind("tunstall"),
     Kind("uniform", 2),
     Kind("uniform", 3, 16, BFLOAT16),
     Kind("uniform", 4, 1),
@@ -274,19 +275,39 @@ def _infinite_value(arrays):
     arrays["wi/row_values"][1, 2, 0] = np.inf
 
 
+def _all_words_of_four(arrays):
+    words = int(arrays["wi/row_lengths"][0].sum())
+    arrays["wi/codes"][:words] = np.uint16(2**16 - 1)
+
+
+def _other_count(arrays):
+    arrays["wi/nonzeros"] += np.array([-1, 1]).astype(np.uint32)
+
+
+def _unknown_tree(arrays):
+    arrays["wi/trees"][1] = 4
+
+
 @pytest.mark.parametrize(
-    "damage, message",
+    "codec, damage, message",
     [
-        (_longer_word, "expert 0, row .*words expand to"),
-        (_moved_boundary, "expert 1, row 3: words expand to"),
-        (_missing_word, r"its rows have \d+ words, its codes \d+"),
-        (_empty_row, "must begin at 0 and rise"),
-        (_huge_rows, "its rows have"),
-        (_infinite_value, "`row_values` of expert 1, row 2 are not finite"),
+        ("qmoe", _longer_word, "expert 0, row .*words expand to"),
+        ("qmoe", _moved_boundary, "expert 1, row 3: words expand to"),
+        ("qmoe", _missing_word, r"its rows have \d+ words, its codes \d+"),
+        ("qmoe", _empty_row, "must begin at 0 and rise"),
+        ("qmoe", _huge_rows, "its rows have"),
+        ("qmoe", _infinite_value, "`row_values` of expert 1, row 2 are not finite"),
+        ("tunstall", _moved_boundary, "expert 1, row 3: a word reaches past its 35 columns"),
+        ("tunstall", _all_words_of_four, "`nonzeros` are not those"),
+        ("tunstall", _missing_word, r"its rows have \d+ words, its codes \d+"),
+        ("tunstall", _huge_rows, "its rows have"),
+        ("tunstall", _infinite_value, "`row_values` of expert 1, row 2 are not finite"),
+        ("tunstall", _other_count, "`nonzeros` are not those of its words|its rows have"),
+        ("tunstall", _unknown_tree, "`trees` must be below 4, got 4"),
     ],
 )
-def test_damage_with_a_new_checksum_reaches_no_kernel(damage, message, tmp_path):
-    arrays = _arrays(tiny_stores.write(tmp_path / "p", Kind("qmoe")))
+def test_damage_with_a_new_checksum_reaches_no_kernel(codec, damage, message, tmp_path):
+    arrays = _arrays(tiny_stores.write(tmp_path / "p", Kind(codec)))
     damage(arrays)
     checkpoint = _commit_again(tmp_path / "p", arrays)
     named = rf"layers_1\.0000-0001\.bin: `wi` is not what the manifest says \(.*{message}"

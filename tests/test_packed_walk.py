@@ -18,7 +18,13 @@ from qmoe_jax.models.block import make_block
 
 @pytest.mark.parametrize("implementation", ["xla", pytest.param("pallas", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
-    "kind", [Kind("qmoe"), Kind("qmoe", config=GATED), Kind("uniform", bits=3, group_size=16)]
+    "kind",
+    [
+        Kind("qmoe"),
+        Kind("qmoe", config=GATED),
+        Kind("tunstall"),
+        Kind("uniform", bits=3, group_size=16),
+    ],
 )
 def test_a_group_adds_what_its_dense_matrices_add(kind, implementation, monkeypatch):
     """Several pieces of a group that begins with expert 1; the rows of other experts stay."""

@@ -9,9 +9,9 @@ from pallas_kernels import packed as packed_lib
 from qmoe_jax.codec import packing, rates, uniform
 
 
-def _pack(trits: np.ndarray) -> packed_lib.PackedExperts:
+def _pack(trits: np.ndarray, codec: str = "qmoe") -> packed_lib.PackedExperts:
     values = np.broadcast_to(np.array([-1, 1], np.float32), (*trits.shape[:2], 2))
-    return packing.pack_ternary(trits, values)
+    return packing.pack_ternary(trits, values, codec)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,27 @@ def test_rate_of_independent_trits(p0, entropy, payload):
     assert rates.bits_per_weight(packed).payload == pytest.approx(payload, rel=5e-3)
     assert rates.zero_fraction(packed) == np.mean(trits == 0)
     assert rates.entropy(np.bincount(trits.reshape(-1))) == pytest.approx(entropy, rel=1e-2)
+
+
+@pytest.mark.parametrize("p0", [0.85, 0.885, 0.90, 0.92, 0.95])
+def test_trees_are_near_entropy(p0):
+    """Rows of 4,096 end in words that are not full, which is counted."""
+    trits = oracle.random_trits(0, (1, 256, 4096), p0)
+    packed = _pack(trits, "tunstall")
+    entropy = rates.entropy(np.bincount(trits.reshape(-1)))
+    limit = 1.08 if p0 == 0.95 else 1.06
+    assert 1 < rates.bits_per_weight(packed).payload / entropy < limit
+    assert rates.zero_fraction(packed) == np.mean(trits == 0)
+
+
+def test_signs_trees_and_counts_are_counted():
+    trits = oracle.random_trits(1, (3, 5, 71), 0.8)
+    packed = _pack(trits, "tunstall")
+    words = int(np.asarray(packed.row_starts)[:, -1].sum())
+    signs = sum(-(-int(n) // 16) for n in (trits != 0).sum((1, 2)))
+    counted = rates.bits_per_weight(packed_lib.join([packed], slab_words=4096))
+    lengths = 16 * 15 + (8 + 32) * 3
+    assert counted == rates.StoredBits(3 * 5 * 71, 16 * (words + signs), lengths, 32 * 15)
 
 
 def test_zeros_alone_take_the_floor():

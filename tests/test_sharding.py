@@ -29,6 +29,7 @@ GATED = dataclasses.replace(tiny_stores.GATED, num_experts=8)
 GROUPS = ((0, 3), (3, 6), (6, 8))  # which no mesh cuts the experts at
 KINDS = {
     "ternary": Kind("qmoe", config=EIGHT, groups=GROUPS),
+    "tunstall": Kind("tunstall", config=EIGHT, groups=GROUPS),
     "2 bits": Kind("uniform", bits=2, config=EIGHT, groups=GROUPS),
     "3 bits": Kind("uniform", bits=3, group_size=16, config=GATED, groups=GROUPS),
     "4 bits": Kind("uniform", bits=4, config=EIGHT, groups=GROUPS),
@@ -152,7 +153,7 @@ def test_each_device_holds_its_own_experts_only(devices, checkpoint, name, numbe
             size = leaf.shape[0] // number
             assert shard.data.shape == (size, *leaf.shape[1:]), path
             assert shard.index[0].indices(leaf.shape[0]) == (place * size, (place + 1) * size, 1)
-    arrays = {"ternary": 4, "dense": 1, ORIGINAL: 1}.get(name, 3)
+    arrays = {"ternary": 4, "tunstall": 6, "dense": 1, ORIGINAL: 1}.get(name, 3)
     assert cut == arrays * len(configs.expert_matrices(model.config)) * len(tiny_stores.PLACES)
 
 

@@ -87,10 +87,10 @@ def _record(kind: Kind, seed: int, shape: tuple[int, int, int]) -> Any:
     rng, (E, R, C) = np.random.default_rng(seed), shape
     if kind.codec == "dense":
         return rng.standard_normal((E, C, R)).astype(kind.dtype)
-    if kind.codec == "qmoe":
+    if kind.codec in packing.CODECS:
         values = rng.integers(1, 100, (E, R, 2)) * np.array([-1, 1])
         trits = codec_oracles.random_trits(seed, shape, 0.8)
-        return packing.pack_ternary(trits, values.astype(np.float32))
+        return packing.pack_ternary(trits, values.astype(np.float32), kind.codec)
     levels = rng.integers(0, 2**kind.bits, shape).astype(np.uint8)
     groups = (E, R, -(-C // (kind.group_size or C)))
     scale = rng.random(groups).astype(ml_dtypes.bfloat16).astype(np.float32)

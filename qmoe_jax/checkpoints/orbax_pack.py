@@ -5,6 +5,7 @@ One tree, which Orbax restores alone and shards: T5X's names nested; where T5X h
 `kernel`, the arrays of its packed record, all experts of a layer stacked along axis 0:
 
     qmoe      codes [slabs, words], expert_bases, row_starts, row_values: those of `PackedExperts`
+    tunstall  the same, trees and sign_starts
     uniform   codes, scale, zero: those of `UniformExperts`, in the dtypes of the store
     dense     kernel, [experts, in, out] as it is
 
@@ -43,12 +44,15 @@ from qmoe_jax.checkpoints.array_files import FileEntry
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_arrays import Arrays, Experts
 from qmoe_jax.checkpoints.packed_manifest import GroupEntry, PackedCheckpoint
-from qmoe_jax.codec import dictionary
+from qmoe_jax.codec import packing
 from qmoe_jax.models.config import Stack
 
 FORMAT = "qmoe_jax packed checkpoint in Orbax"
 VERSION = 1
-PACKED_PARTS = ("codes", "expert_bases", "row_starts", "row_values")
+PACKED_PARTS = {
+    "qmoe": ("codes", "expert_bases", "row_starts", "row_values"),
+    "tunstall": ("codes", "expert_bases", "row_starts", "row_values", "trees", "sign_starts"),
+}
 
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's file
 _UNIFORM_PARTS = ("codes", "scale", "zero")
@@ -133,8 +137,8 @@ def static_fields(store: PackedCheckpoint) -> dict[str, dict[str, Any]]:
     for (stack, layer), groups in store.groups.items():
         for matrix, (E, C, R) in _matrix_shapes(store).items():
             named: dict[str, Any] = {"shape": [E, R, C]}
-            if codec == "qmoe":
-                named |= {"type": "PackedExperts", "codec": "qmoe"}
+            if codec in PACKED_PARTS:
+                named |= {"type": "PackedExperts", "codec": codec}
             elif codec == "uniform":
                 bits = groups[0].file.arrays[f"{matrix}/codes"].shape[-1]
                 columns = packed_manifest.group_size(store.header)
@@ -167,8 +171,9 @@ def records(checkpoint: OrbaxPack, tree: Mapping[str, Any]) -> dict[str, Any]:
     for path, static in static_fields(checkpoint.store).items():
         shape = tuple(static["shape"])
         if static["type"] == "PackedExperts":
-            parts = [flat.pop(f"{path}/{field}") for field in PACKED_PARTS]
-            flat[path] = PackedExperts(*parts, shape=shape, codec=static["codec"])
+            codec = static["codec"]
+            parts = {part: flat.pop(f"{path}/{part}") for part in PACKED_PARTS[codec]}
+            flat[path] = PackedExperts(**parts, shape=shape, codec=codec)
         else:
             codes, scale, zero = (flat.pop(f"{path}/{field}") for field in _UNIFORM_PARTS)
             flat[path] = UniformExperts(
@@ -244,14 +249,18 @@ def _matrix_leaves(
     """The stacked arrays of one matrix."""
     stored = [group.file.arrays for group in groups]
     E, _, R = shape
-    if codec == "qmoe":
+    if codec in PACKED_PARTS:
         words = sum(arrays[f"{matrix}/codes"].nbytes for arrays in stored)
-        return {
+        starts = Leaf("uint32", (E, R + 1), 4 * E * (R + 1))
+        parts = {
             "codes": Leaf("uint16", (None, None), words),
             "expert_bases": Leaf("uint32", (E,), 4 * E),
-            "row_starts": Leaf("uint32", (E, R + 1), 4 * E * (R + 1)),
+            "row_starts": starts,
             "row_values": Leaf("bfloat16", (E, R, 2), 4 * E * R),
+            "trees": Leaf("uint8", (E,), E),
+            "sign_starts": starts,
         }
+        return {part: parts[part] for part in PACKED_PARTS[codec]}
     found = {}
     for key, first in stored[0].items():
         if not key.startswith(f"{matrix}/"):
@@ -288,13 +297,15 @@ def _check_tree(store: PackedCheckpoint, found: Mapping[str, t5x_tree.Leaf]) -> 
 def _words_fit(store: PackedCheckpoint, leaf: Leaf, shape: tuple[int, ...]) -> bool:
     """Whether slabs of this shape may hold the words.
 
-    A word stands for 2 to 28 weights, so the largest expert has at most 14 times the words of the
-    smallest, and the padded slabs at most 14 times the words of all.
+    A word of "qmoe" stands for 2 to 28 weights, so the largest expert has at most 14 times the
+    words of the smallest, and the padded slabs at most 14 times the words of all. An expert of
+    "tunstall" may be empty: one slab may hold all the words, and the others are as large.
     """
     experts, words = store.header.config.num_experts, leaf.nbytes // 2
     if len(shape) != 2 or shape[0] < 1 or experts % shape[0]:
         return False
-    return words <= math.prod(shape) <= 14 * words + packed_lib.BLOCK_WORDS * experts
+    most = words * (14 if store.header.codec == "qmoe" else shape[0])
+    return words <= math.prod(shape) <= most + packed_lib.BLOCK_WORDS * experts
 
 
 def _read(checkpoint: OrbaxPack, names: list[str]) -> dict[str, Shaped[np.ndarray, "..."]]:
@@ -328,11 +339,10 @@ def _layer(checkpoint: OrbaxPack, stack: Stack, layer: int) -> dict[str, PackedE
     for matrix, (E, C, R) in _matrix_shapes(checkpoint.store).items():
         path = f"{prefix}{matrix}/"
         arrays = {key.removeprefix(path): read[key] for key in names if key.startswith(path)}
-        if header.codec == "qmoe":
-            parts = [arrays[part] for part in PACKED_PARTS]
-            found[matrix] = PackedExperts(*parts, shape=(E, R, C), codec="qmoe")
+        if header.codec in PACKED_PARTS:
+            found[matrix] = PackedExperts(**arrays, shape=(E, R, C), codec=header.codec)
             with _damaged(f"{checkpoint.path}: `{path[:-1]}`"):
-                validation.validate(found[matrix], dictionary.nonzero_table())
+                validation.validate(found[matrix], packing.entries(header.codec))
         else:
             found[matrix] = arrays
     return found

@@ -200,10 +200,10 @@ def _stacked(
     store: PackedCheckpoint, stack: Stack, layer: int
 ) -> Iterator[tuple[str, Shaped[np.ndarray, "..."]]]:
     """The arrays of all experts of a layer, by matrix and part: `wi/codes`."""
-    if store.header.codec == "qmoe":
+    if (codec := store.header.codec) in orbax_pack.PACKED_PARTS:
         count = slabs(store.header.config.num_experts)
         for matrix, record in packed.load_experts(store, stack, layer, count).items():
-            for part in orbax_pack.PACKED_PARTS:
+            for part in orbax_pack.PACKED_PARTS[codec]:
                 yield f"{matrix}/{part}", np.asarray(getattr(record, part))
         return
     groups = [experts for _, experts in packed.read_groups(store, stack, layer)]

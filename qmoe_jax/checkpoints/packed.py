@@ -14,6 +14,7 @@ arrays and JSON.
 Arrays of a group are named by matrix and part, as `wi/codes`; `packed_arrays.py` says which.
 """
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Collection, Iterator, Mapping
@@ -29,6 +30,7 @@ from qmoe_jax.checkpoints.array_files import FileEntry
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_arrays import Experts
 from qmoe_jax.checkpoints.packed_manifest import GroupEntry, Header, PackedCheckpoint
+from qmoe_jax.codec import packing
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack
 
@@ -249,13 +251,8 @@ def read_group(checkpoint: PackedCheckpoint, group: GroupEntry) -> dict[str, Exp
     for matrix, shape in packed_manifest.group_shapes(header.config, group).items():
         layout = packed_arrays.layout(header.codec, columns, shape)
         arrays = {key: array_files.read_array(path, file, f"{matrix}/{key}") for key in layout}
-        try:
+        with _as_the_manifest_says(checkpoint, group, matrix):
             experts[matrix] = packed_arrays.from_arrays(arrays, header.codec, columns, shape)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{path / file.name}: `{matrix}` is not what the manifest says ({error}): restore "
-                "the file from a copy or compress again."
-            ) from error
     return experts
 
 
@@ -281,7 +278,7 @@ def _layer_groups(checkpoint: PackedCheckpoint, stack: Stack, layer: int) -> tup
 def load_experts(
     checkpoint: PackedCheckpoint, stack: Stack, layer: int, slabs: int = 1
 ) -> dict[str, PackedExperts]:
-    """All experts of one layer of a `qmoe` store as one record for each matrix.
+    """All experts of one layer of a ternary store as one record for each matrix.
 
     Raises:
       CheckpointError: see `read_group`.
@@ -298,7 +295,7 @@ def load_experts(
 def slab_words(
     checkpoint: PackedCheckpoint, stack: Stack, layer: int, slabs: int
 ) -> dict[str, int]:
-    """By matrix, the words of the longest slab of `load_experts`; reads the lengths of rows only.
+    """By matrix, the words of the longest slab of `load_experts`; reads no words.
 
     Raises:
       CheckpointError: a file is damaged, or words and row lengths do not fit each other.
@@ -307,32 +304,45 @@ def slab_words(
     _check_ternary(checkpoint)
     groups, words = _layer_groups(checkpoint, stack, layer), {}
     for matrix in configs.expert_matrices(checkpoint.header.config):
-        counts = [_expert_words(checkpoint, group, matrix) for group in groups]
-        _, words[matrix] = packed_lib.expert_layout(np.concatenate(counts), slabs)
+        sizes = [_expert_sizes(checkpoint, group, matrix) for group in groups]
+        _, words[matrix] = packed_lib.expert_layout(np.concatenate(sizes), slabs)
     return words
 
 
 def _check_ternary(checkpoint: PackedCheckpoint) -> None:
-    if checkpoint.header.codec != "qmoe":
-        raise ValueError(f"codec {checkpoint.header.codec!r} holds no dictionary words")
+    if checkpoint.header.codec not in packing.CODECS:
+        raise ValueError(f"codec {checkpoint.header.codec!r} holds no ternary experts")
 
 
-def _expert_words(
+def _expert_sizes(
     checkpoint: PackedCheckpoint, group: GroupEntry, matrix: str
 ) -> Int[np.ndarray, " experts"]:
-    lengths = array_files.read_array(checkpoint.path, group.file, f"{matrix}/row_lengths")
-    counts = lengths.sum(axis=1, dtype=np.int64)
-    (words,) = group.file.arrays[f"{matrix}/codes"].shape
-    if counts.sum() != words:  # what is made room for is no more than there is
+    file = group.file
+    lengths, nonzeros = (
+        array_files.read_array(checkpoint.path, file, key) if key in file.arrays else None
+        for key in (f"{matrix}/row_lengths", f"{matrix}/nonzeros")
+    )
+    (units,) = file.arrays[f"{matrix}/codes"].shape
+    with _as_the_manifest_says(checkpoint, group, matrix):
+        return packed_arrays.expert_sizes(units, lengths, nonzeros)  # pyright: ignore
+
+
+@contextlib.contextmanager
+def _as_the_manifest_says(
+    checkpoint: PackedCheckpoint, group: GroupEntry, matrix: str
+) -> Iterator[None]:
+    """Names the file and the matrix in what a check raises inside."""
+    try:
+        yield
+    except ValueError as error:
         raise CheckpointError(
-            f"{checkpoint.path / group.file.name}: the rows of `{matrix}` have {counts.sum()} "
-            f"words, its codes {words}: restore the file from a copy or compress again."
-        )
-    return counts
+            f"{checkpoint.path / group.file.name}: `{matrix}` is not what the manifest says "
+            f"({error}): restore the file from a copy or compress again."
+        ) from error
 
 
 def load_layer(checkpoint: PackedCheckpoint, stack: Stack, layer: int) -> dict[str, Experts]:
-    """All experts of one layer of a `qmoe` or `uniform` store, as one record for each matrix.
+    """All experts of one layer of a ternary or `uniform` store, as one record for each matrix.
 
     Raises:
       CheckpointError: see `read_group`.

@@ -21,7 +21,7 @@ from jaxtyping import Array
 from pallas_kernels.implementation import Implementation
 from qmoe_jax.checkpoints import formats, packed, source
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
-from qmoe_jax.codec import dictionary
+from qmoe_jax.codec import packing
 from qmoe_jax.inference import sharding
 from qmoe_jax.inference.model import Model
 from qmoe_jax.inference.packed_experts import COLLECTION, packed_experts
@@ -86,7 +86,8 @@ def _load_packed(
         put = functools.partial(sharding.replicated, mesh)
     params: dict[str, Any] = {}
     records: dict[str, Any] = {}
-    entries = put(dictionary.nonzero_table())
+    codec = checkpoint.header.codec
+    entries = put(packing.entries(codec)) if codec in packing.CODECS else None
     for name in checkpoint.params:
         params |= _cast_once(put(packed.read_params(checkpoint, [name])), dtype)
     places: list[tuple[Stack, int]] = [
@@ -99,7 +100,7 @@ def _load_packed(
         else:
             matrices = sharding.packed_layer(checkpoint, stack, layer, mesh)
         records |= {f"{below}/{matrix}": record for matrix, record in matrices.items()}
-        if checkpoint.header.codec == "qmoe":
+        if entries is not None:
             records[f"{below}/entries"] = entries
     module = Switch(config, jnp.dtype(dtype), experts)
     variables = {

@@ -3,9 +3,9 @@
 
 They travel in the Linen collection `packed`, below `mlp/expert`:
 
-    {"wi": PackedExperts, "wo": PackedExperts, "entries": uint32 [65536]}
+    {"wi": PackedExperts, "wo": PackedExperts, "entries": uint32 [entries]}
 
-or `UniformExperts`, which need no `entries`: the table of the dictionary, one array for all layers.
+or `UniformExperts`, which need no `entries`: the codec's table of words, one array for all layers.
 """
 
 from collections.abc import Callable, Mapping

@@ -21,7 +21,7 @@ from qmoe_jax.calibration.buffers import TokenBuffer
 from qmoe_jax.calibration.experts import Assignment, Piece
 from qmoe_jax.calibration.walk import Params, Routes
 from qmoe_jax.checkpoints.packed import Experts
-from qmoe_jax.codec import dictionary
+from qmoe_jax.codec import packing
 from qmoe_jax.inference.packed_experts import COLLECTION, packed_experts
 from qmoe_jax.models.block import Block
 from qmoe_jax.models.layers import rms_norm
@@ -39,7 +39,7 @@ def prepare(group: Mapping[str, Experts]) -> dict[str, Any]:
         if isinstance(record, PackedExperts):
             words = 1 << (record.codes.shape[1] - 1).bit_length()
             record = packed_lib.join([record], slab_words=words)
-            records["entries"] = dictionary.nonzero_table()
+            records["entries"] = packing.entries(record.codec)
         records[name] = record
     return records
 

@@ -25,6 +25,7 @@ from qmoe_jax.checkpoints import packed, source
 from qmoe_jax.checkpoints.packed_arrays import Experts
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.source import Source
+from qmoe_jax.codec import packing
 from qmoe_jax.inference.packed_experts import COLLECTION, packed_experts
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack, SwitchConfig
@@ -174,7 +175,7 @@ def packed_layer(
     """
     size = experts_per_device(mesh, checkpoint.header.config.num_experts)
     words: dict[str, int] = {}
-    if checkpoint.header.codec == "qmoe":
+    if checkpoint.header.codec in packing.CODECS:
         words = packed.slab_words(checkpoint, stack, layer, mesh.size)
     groups = packed.read_groups(checkpoint, stack, layer)
     return _assembled(

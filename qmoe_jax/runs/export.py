@@ -17,6 +17,7 @@ from qmoe_jax.checkpoints import (
     orbax_pack,
     orbax_pack_writer,
     packed,
+    packed_convert,
     source,
     t5x_export,
     t5x_msgpack,
@@ -24,8 +25,10 @@ from qmoe_jax.checkpoints import (
     vocabulary,
 )
 from qmoe_jax.checkpoints.errors import CheckpointError
+from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
+from qmoe_jax.codec import packing
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack
 from qmoe_jax.runs import progress
@@ -37,21 +40,24 @@ _DRY = "dry run: inputs are sound, nothing was written"
 def export(
     checkpoint_path: str,
     output_dir: str,
-    export_format: Literal["t5x", "huggingface", "orbax"],
+    export_format: Literal["t5x", "huggingface", "orbax", "packed"],
     *,
+    export_codec: packing.Codec | None = None,
     export_dtype: Literal["float32", "bfloat16"] | None = None,
     max_shard_bytes: int = 5 << 30,
     dry_run: bool = False,
     console: rich.console.Console | None = None,
 ) -> None:
-    """Writes a checkpoint of any readable format as another program's.
+    """Writes a checkpoint of any readable format as another program's, or in another codec.
 
     Args:
-      checkpoint_path: a packed checkpoint, a T5X checkpoint or a Hugging Face folder; for Orbax a
-        packed checkpoint.
+      checkpoint_path: a packed checkpoint, a T5X checkpoint or a Hugging Face folder; what stays
+        packed must be a packed checkpoint.
       output_dir: a new folder; for T5X the one that holds, or will hold, `checkpoint_{step}`.
-      export_format: `"t5x"` and `"huggingface"` are dequantized, `"orbax"` stays packed.
-      export_dtype: of what is dequantized; None: float32. Orbax keeps what is stored.
+      export_format: `"t5x"` and `"huggingface"` are dequantized, `"orbax"` stays packed as it is;
+        `"packed"` is a packed checkpoint of `export_codec`.
+      export_codec: `"qmoe"` or `"tunstall"`, of ternary experts.
+      export_dtype: of what is dequantized; None: float32. What stays packed keeps what is stored.
       max_shard_bytes: of one file's tensors, for Hugging Face.
       dry_run: check everything and stop.
       console: where progress goes; None: standard output.
@@ -64,13 +70,22 @@ def export(
     output = pathlib.Path(output_dir)
     if max_shard_bytes < 1:
         raise ValueError(f"MAX_SHARD_BYTES is {max_shard_bytes}; expected 1 or more")
-    if export_format == "orbax":
+    if (export_format == "packed") != (export_codec is not None):
+        raise ValueError(
+            f"EXPORT_CODEC is {export_codec!r} with EXPORT_FORMAT {export_format!r}: give the one "
+            f"of {packing.CODECS} that 'packed' is to have, and none for another format"
+        )
+    if export_format in ("orbax", "packed"):
         if export_dtype is not None:
             raise ValueError(
-                f"EXPORT_DTYPE is {export_dtype!r}, but EXPORT_FORMAT orbax keeps packed experts "
-                "as they are: leave it None, or export to t5x or huggingface"
+                f"EXPORT_DTYPE is {export_dtype!r}, but EXPORT_FORMAT {export_format} keeps what "
+                "is stored: leave it None, or export to t5x or huggingface"
             )
-        _export_packed(pathlib.Path(checkpoint_path), output_dir, dry_run, console)
+        store = _packed_store(pathlib.Path(checkpoint_path), export_format)
+        if export_codec is None:
+            _export_orbax(store, output_dir, dry_run, console)
+        else:
+            _convert(store, output_dir, export_codec, dry_run, console)
         return
     # A T5X checkpoint whose chunks hold many experts is cut anew on the disk that it goes to.
     checkpoint = source.open_source(checkpoint_path, scratch_dir=_existing(output))
@@ -101,19 +116,52 @@ def export(
     _print_result(written, console)
 
 
-def _export_packed(
-    path: pathlib.Path, output_dir: str, dry_run: bool, console: rich.console.Console
-) -> None:
-    array_files.check_new(output_dir)
+def _packed_store(path: pathlib.Path, export_format: str) -> PackedCheckpoint:
     if not packed.is_packed(path):
         raise CheckpointError(
-            f"{path} is no packed checkpoint, which is what EXPORT_FORMAT orbax takes: compress it "
-            "first, or import a published pack."
+            f"{path} is no packed checkpoint, which is what EXPORT_FORMAT {export_format} takes: "
+            "compress it first, or import a published pack."
         )
-    store = packed.open_checkpoint(path)
+    return packed.open_checkpoint(path)
+
+
+def _convert(
+    store: PackedCheckpoint,
+    output_dir: str,
+    codec: packing.Codec,
+    dry_run: bool,
+    console: rich.console.Console,
+) -> None:
+    output = array_files.local_folder(output_dir)
+    packed.check_free(output)
+    packed_convert.check(store)
+    files = len(store.files)
+    console.print(
+        f"{store.path} ({store.header.codec}): {files:,} files, {store.nbytes:,} bytes",
+        soft_wrap=True,
+    )
+    if dry_run:
+        console.print(_DRY)
+        return
+    with progress.showing(float(files), console) as bar:
+
+        def committed(where: str, layer_done: bool) -> None:
+            progress.advance(bar, 1.0, where, 0, 0.0)
+            if layer_done:
+                progress.line(bar, where)
+
+        packed_convert.convert(store, output, codec, committed=committed)
+    vocabulary.copy(store.path, output)
+    _print_result(output, console)
+
+
+def _export_orbax(
+    store: PackedCheckpoint, output_dir: str, dry_run: bool, console: rich.console.Console
+) -> None:
+    array_files.check_new(output_dir)
     leaves = orbax_pack.leaves(store)
     nbytes = sum(leaf.nbytes for leaf in leaves.values())
-    console.print(f"{path}: {len(leaves):,} arrays, {nbytes:,} bytes", soft_wrap=True)
+    console.print(f"{store.path}: {len(leaves):,} arrays, {nbytes:,} bytes", soft_wrap=True)
     if dry_run:
         console.print(_DRY)
         return
@@ -128,7 +176,7 @@ def _export_packed(
                 progress.line(bar, name.rpartition(".mlp.")[0])
 
         result = orbax_pack_writer.save(output_dir, store, written=written)
-    vocabulary.copy(path, result)
+    vocabulary.copy(store.path, result)
     _print_result(result, console)
 
 

@@ -76,14 +76,15 @@ def check_storable(quantizer: Quantizer, codec: Codec | None) -> Codec:
     Raises:
       ValueError: with the reason and the remedy.
     """
-    natural: Codec = "qmoe" if quantizer.bits == "ternary" else "uniform"
+    natural: tuple[Codec, ...] = packing.CODECS if quantizer.bits == "ternary" else ("uniform",)
     if codec is None:
-        codec = natural
-    if codec not in (natural, "dense"):
+        codec = natural[0]
+    if codec not in (*natural, "dense"):
         raise ValueError(
-            f"CODEC {codec!r} does not hold {quantizer.bits} bits; expected {natural!r} or 'dense'"
+            f"CODEC {codec!r} does not hold {quantizer.bits} bits; expected one of "
+            f"{(*natural, 'dense')}"
         )
-    if codec == "qmoe" and quantizer.group_size:
+    if codec in packing.CODECS and quantizer.group_size:
         raise ValueError(
             f"GROUP_SIZE {quantizer.group_size} with ternary bits cannot be packed: the format "
             "holds one minimum and maximum a row. Leave GROUP_SIZE out, or set CODEC='dense'"
@@ -150,7 +151,7 @@ def pack(
     """Packs a group that was solved, and records what became of it."""
     kernels = _as_stored(quantized, formats)
     packed = {
-        name: kernels[name] if formats.codec == "dense" else _pack(quantizer, result)
+        name: kernels[name] if formats.codec == "dense" else _pack(quantizer, formats, result)
         for name, result in quantized.items()
     }
     experts_range = range(group.start, group.stop)
@@ -282,10 +283,10 @@ def _counted(tokens: HessianTokens, expert: int) -> np.ndarray:
     return tokens.counted.of(expert)[: tokens.cap]
 
 
-def _pack(quantizer: Quantizer, result: Quantized) -> Experts:
+def _pack(quantizer: Quantizer, formats: Formats, result: Quantized) -> Experts:
     if quantizer.bits == "ternary":
         row_values = jnp.moveaxis(result.grid[..., 0], 0, -1).astype(jnp.bfloat16)
-        return packing.pack_ternary(result.levels, row_values)
+        return packing.pack_ternary(result.levels, row_values, formats.codec)
     scale, zero = result.grid
     group_size = quantizer.group_size or uniform.WHOLE_ROW
     return uniform.pack_uniform(result.levels, scale, zero, quantizer.bits, group_size)

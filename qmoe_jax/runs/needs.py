@@ -18,8 +18,8 @@ from qmoe_jax.runs import devices
 from qmoe_jax.runs.machine import Machine
 
 OWN_HOST = 1 << 29  # Python, JAX and its compiler
-PAYLOAD = {"qmoe": 0.75, "uniform": 0.0, "dense": 0.0}  # bits a weight, beside levels: at 88% zeros
-ROW_BITS = {"qmoe": 48, "uniform": 24, "dense": 0}  # lengths, values; scale and zero
+PAYLOAD = {"qmoe": 0.75, "tunstall": 0.67}  # bits a weight, at 88% zeros
+ROW_BITS = {"qmoe": 48, "tunstall": 48, "uniform": 24, "dense": 0}  # lengths, values; scale, zero
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,8 @@ def bits_per_weight(config: SwitchConfig, how: How) -> float:
     rows = inputs * F + D
     columns = how.quantizer.group_size
     scales = rows if columns is None else rows * max(D, F) // columns
-    levels = PAYLOAD["qmoe"] if how.quantizer.bits == "ternary" else float(how.quantizer.bits)
+    bits = how.quantizer.bits
+    levels = PAYLOAD[how.codec] if bits == "ternary" else float(bits)
     return levels + ROW_BITS[how.codec] * scales / one_expert(config)
 
 
