@@ -38,11 +38,10 @@ import rich.table
 from flax.traverse_util import unflatten_dict
 
 from pallas_kernels import packed as packed_lib
-from pallas_kernels import testing
 from pallas_kernels.packed import PackedExperts
 from qmoe_jax.checkpoints import packed
 from qmoe_jax.checkpoints.packed_manifest import Header
-from qmoe_jax.codec import dictionary
+from qmoe_jax.codec import packing
 from qmoe_jax.inference import decoding, load
 from qmoe_jax.inference.model import Model
 from qmoe_jax.inference.packed_experts import COLLECTION, packed_experts
@@ -63,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and memory of generation")
     parser.add_argument("--model", default="switch_base_128", help="of t5x_configs/models")
     parser.add_argument("--checkpoint", help="a packed checkpoint; then --model says nothing")
+    parser.add_argument("--codec", choices=packing.CODECS, default="qmoe")
     parser.add_argument("--layers", type=int, help="of each stack; all of them by default")
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--tokens", type=int, default=128)
@@ -78,7 +78,7 @@ def main() -> None:
     if given.memory:
         config = model_config(given.model, given.layers)
         zeros = ZEROS.get(given.model, 0.885)
-        console.print(memory_table(given.memory, config, zeros, given.tokens))
+        console.print(memory_table(given.memory, config, zeros, given.codec, given.tokens))
         return
     dtype = dtypes.activation_dtype(given.activation_dtype)
     console.print(f"{devices.description()}, jax {jax.__version__}, activations in {dtype.name}")
@@ -90,7 +90,7 @@ def main() -> None:
         config = model_config(given.model, given.layers)
         scale = whole.num_decoder_layers / config.num_decoder_layers
         name = given.model
-        model = random_model(config, ZEROS.get(given.model, 0.885), dtype)
+        model = random_model(config, ZEROS.get(given.model, 0.885), given.codec, dtype)
     batches = [int(batch) for batch in given.batches.split(",")]
     console.print(speed_table(name, model, scale, batches, given.tokens, given.repeats))
 
@@ -154,10 +154,12 @@ def speed_table(
     return table
 
 
-def random_model(config: SwitchConfig, zeros: float, dtype: np.dtype) -> Model:
+def random_model(
+    config: SwitchConfig, zeros: float, codec: packing.Codec, dtype: np.dtype
+) -> Model:
     """On the device; layers of equal shape hold copies of their own."""
     params = {path: jnp.asarray(array) for path, array in random_params(config, dtype)}
-    entries = jnp.asarray(dictionary.nonzero_table())
+    entries = jnp.asarray(packing.entries(codec))
     made: dict[str, PackedExperts] = {}
     records = {}
     for stack in configs.STACKS:
@@ -166,7 +168,7 @@ def random_model(config: SwitchConfig, zeros: float, dtype: np.dtype) -> Model:
             records[f"{below}/entries"] = entries
             for matrix in configs.expert_matrices(config):
                 if matrix not in made:
-                    made[matrix] = random_experts(config, matrix, config.num_experts, zeros)
+                    made[matrix] = random_experts(config, matrix, config.num_experts, zeros, codec)
                 records[f"{below}/{matrix}"] = jax.tree.map(jnp.array, made[matrix])
     experts = functools.partial(packed_experts, activations=config.mlp_activations)
     variables = {
@@ -185,27 +187,29 @@ def random_params(config: SwitchConfig, dtype: np.dtype):
             yield path, (scale * generator.standard_normal(shape, np.float32)).astype(dtype)
 
 
-def random_experts(config: SwitchConfig, matrix: str, experts: int, zeros: float) -> PackedExperts:
-    """On the host; of a few distinct experts, over and over."""
+def random_experts(
+    config: SwitchConfig, matrix: str, experts: int, zeros: float, codec: packing.Codec
+) -> PackedExperts:
+    """Of independent trits; on the host, of a few distinct experts over and over."""
     shape = (config.emb_dim, config.expert_mlp_dim)
     rows, columns = shape if matrix == "wo" else shape[::-1]
     distinct = min(experts, DISTINCT)
-    case = testing.Case(matrix, rows, columns, (1,) * distinct, zeros=zeros)
-    few = testing.random_packed(dictionary.nonzero_table(), case)
-    number = np.arange(experts) % distinct
-    words = [packed_lib.expert_words(few, int(expert)) for expert in number]
-    values = (np.asarray(few.row_values, np.float32)[number] / columns**0.5).astype(
-        ml_dtypes.bfloat16
-    )
-    return packed_lib.assemble(words, np.asarray(few.row_starts)[number], values, columns, "qmoe")
+    generator = np.random.default_rng(0)
+    drawn = generator.random((distinct, rows, columns), np.float32)
+    trits = (drawn >= zeros).astype(np.uint8) + (drawn >= (1 + zeros) / 2)
+    values = np.abs(generator.standard_normal((distinct, rows, 2))) * [-1, 1] / columns**0.5
+    values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    few = packing.pack_ternary(trits, values, codec)
+    ones = [packed_lib.expert_slice(few, expert, 1) for expert in range(distinct)]
+    return packed_lib.join([ones[expert % distinct] for expert in range(experts)])
 
 
 def memory_table(
-    folder: pathlib.Path, config: SwitchConfig, zeros: float, tokens: int
+    folder: pathlib.Path, config: SwitchConfig, zeros: float, codec: packing.Codec, tokens: int
 ) -> rich.table.Table:
     """Of a process that loads a packed checkpoint, and of one that loads nothing."""
     if not packed.is_packed(folder):
-        write_store(folder, config, zeros)
+        write_store(folder, config, zeros, codec)
     found = json.loads(child(folder, tokens))
     nothing = json.loads(child(None, tokens))
     checkpoint = packed.open_checkpoint(folder)
@@ -242,15 +246,17 @@ def peak(checkpoint: str | None, tokens: int) -> dict[str, int]:
     return {"arrays": arrays, "peak": devices.peak_host_bytes()}
 
 
-def write_store(folder: pathlib.Path, config: SwitchConfig, zeros: float) -> None:
+def write_store(
+    folder: pathlib.Path, config: SwitchConfig, zeros: float, codec: packing.Codec
+) -> None:
     """A packed checkpoint; groups of 16 experts, as a compression might have made them."""
     quantizer = {"method": "gptq", "bits": "ternary", "group_size": None}
-    packed.create(folder, Header(config, "qmoe", {"quantizer": quantizer, "text": []}, {}))
+    packed.create(folder, Header(config, codec, {"quantizer": quantizer, "text": []}, {}))
     stored = np.dtype(ml_dtypes.bfloat16)
     packed.commit_params(folder, "all", dict(random_params(config, stored)))
     size = min(16, config.num_experts)
     matrices = configs.expert_matrices(config)
-    group = {matrix: random_experts(config, matrix, size, zeros) for matrix in matrices}
+    group = {matrix: random_experts(config, matrix, size, zeros, codec) for matrix in matrices}
     for stack in configs.STACKS:
         for layer in configs.sparse_layers(config, stack):
             for start in range(0, config.num_experts, size):

@@ -10,7 +10,7 @@ import pytest
 
 from pallas_kernels import testing
 from pallas_kernels.testing import Case
-from qmoe_jax.codec import dictionary
+from qmoe_jax.codec import packing
 
 if sys.platform != "linux":
     pytest.skip("the triton package is for Linux", allow_module_level=True)
@@ -27,17 +27,21 @@ from pallas_kernels.token_tiles import TokenTiles
 Shape = jax.ShapeDtypeStruct
 SOME = jnp.zeros(20, jnp.int32)
 TILES = TokenTiles(SOME, SOME, SOME)
-ENTRIES = Shape((65_536,), jnp.uint32)
 SHORT_ROWS, LONG_ROWS = Case("short", 96, 768, (1,) * 8), Case("long", 32, 3072, (1,) * 8)
 MIDDLE_ROWS = Case("middle", 72, 1024, (1,) * 8)  # the most words a lane
 
 
-def packed(case: Case):
-    return testing.random_packed(dictionary.nonzero_table(), case)
+BOTH_CODECS = pytest.mark.parametrize("codec", packing.CODECS)
 
 
-def abstract(case: Case):
-    return jax.tree.map(lambda array: Shape(array.shape, array.dtype), packed(case))
+def packed(case: Case, codec: packing.Codec):
+    return testing.random_packed(packing.entries(codec), case, codec=codec)
+
+
+def abstract(case: Case, codec: packing.Codec):
+    """A record and its table."""
+    arrays = packed(case, codec), packing.entries(codec)
+    return jax.tree.map(lambda array: Shape(array.shape, array.dtype), arrays)
 
 
 def assert_sound(kernel: cuda_compile.CompiledKernel, capability: int) -> None:
@@ -52,7 +56,8 @@ def assert_sound(kernel: cuda_compile.CompiledKernel, capability: int) -> None:
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("height", [1, 8])
 @pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
-def test_sub1_matmul(case, height, capability):
+@BOTH_CODECS
+def test_sub1_matmul(codec, case, height, capability):
     from pallas_kernels import token_tiles
     from pallas_kernels.device import sub1_matmul_pallas
 
@@ -64,9 +69,8 @@ def test_sub1_matmul(case, height, capability):
 
     x = Shape((tokens, case.columns), jnp.bfloat16)
     sizes = Shape((case.experts,), jnp.int32)
-    (kernel,) = cuda_compile.compile_kernels(
-        run, x, abstract(case), ENTRIES, sizes, capability=capability
-    )
+    arguments = (x, *abstract(case, codec), sizes)
+    (kernel,) = cuda_compile.compile_kernels(run, *arguments, capability=capability)
     assert kernel.name == "sub1_matmul"
     assert_sound(kernel, capability)
     assert not any(text.startswith("BAR") for text in kernel.instructions)  # a warp by itself
@@ -74,15 +78,15 @@ def test_sub1_matmul(case, height, capability):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
-def test_sub1_decode(case, capability):
+@BOTH_CODECS
+def test_sub1_decode(codec, case, capability):
     from pallas_kernels.device import sub1_decode_pallas
 
     def run(packed, entries, experts):
         return sub1_decode_pallas.sub1_decode(packed, entries, experts, jnp.dtype(jnp.bfloat16))
 
-    (kernel,) = cuda_compile.compile_kernels(
-        run, abstract(case), ENTRIES, Shape((4,), jnp.int32), capability=capability
-    )
+    arguments = (*abstract(case, codec), Shape((4,), jnp.int32))
+    (kernel,) = cuda_compile.compile_kernels(run, *arguments, capability=capability)
     assert kernel.name == "sub1_decode"
     assert_sound(kernel, capability)
 
@@ -132,10 +136,12 @@ def test_grouped_matmul(dtype, capability):
 @pytest.mark.parametrize(
     ("case", "height"), [(SHORT_ROWS, 1), (LONG_ROWS, 1), (MIDDLE_ROWS, 8)], ids=str
 )
-def test_sub1_matmul_in_triton(case, height, capability):
+@BOTH_CODECS
+def test_sub1_matmul_in_triton(codec, case, height, capability):
+    _, entries = abstract(case, codec)
     tokens = case.experts * height
     x = jnp.zeros((tokens, case.columns), jnp.bfloat16)
-    launch = sub1_matmul_triton.plan(x, packed(case), ENTRIES, TILES, height)
+    launch = sub1_matmul_triton.plan(x, packed(case, codec), entries, TILES, height)
     kernel = cuda_compile.compile_launch(launch, capability=capability)
     assert kernel.name == "sub1_matmul_kernel"
     assert_sound(kernel, capability)
@@ -144,10 +150,11 @@ def test_sub1_matmul_in_triton(case, height, capability):
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("case", [SHORT_ROWS, LONG_ROWS], ids=lambda case: case.name)
-def test_sub1_decode_in_triton(case, capability):
-    dtype = jnp.dtype(jnp.bfloat16)
+@BOTH_CODECS
+def test_sub1_decode_in_triton(codec, case, capability):
+    dtype, (_, entries) = jnp.dtype(jnp.bfloat16), abstract(case, codec)
     for checked in (False, True):
-        launch = sub1_decode_triton.plan(packed(case), ENTRIES, SOME, dtype, checked=checked)
+        launch = sub1_decode_triton.plan(packed(case, codec), entries, SOME, dtype, checked=checked)
         assert_sound(cuda_compile.compile_launch(launch, capability=capability), capability)
 
 

@@ -52,8 +52,9 @@ def plan(x, packed, entries, tiles, height, *, checked: bool = False) -> Launch:
 
 
 def tile_shape(packed: PackedExperts, height: int) -> RowShape:
-    """Rows, lanes and words of a program; 13 words of 8 tokens spill."""
-    return row_shape(packed, 10 if height > 4 else 14)
+    """Rows, lanes and words of a program; of 8 tokens 13 words spill, with signs apart 8 do."""
+    few = {"qmoe": 10, "tunstall": 7}[packed.codec]
+    return row_shape(packed, few if height > 4 else 14)
 
 
 @no_type_check
