@@ -45,7 +45,7 @@ from qmoe_jax.checkpoints import (
     t5x_writer,
 )
 from qmoe_jax.checkpoints.errors import CheckpointError
-from qmoe_jax.codec import dictionary
+from qmoe_jax.codec import packing
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import SwitchConfig
 
@@ -174,7 +174,7 @@ def _read_packed(folder: pathlib.Path) -> None:
 def _decode(experts: Mapping[str, Any]) -> None:
     for record in experts.values():
         if isinstance(record, PackedExperts):
-            testing.dense(record, dictionary.nonzero_table())
+            testing.dense(record, packing.entries(record.codec))
 
 
 def _read_published(folder: pathlib.Path) -> None:

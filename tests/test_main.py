@@ -225,7 +225,10 @@ def test_a_model_file_may_be_loaded_too(tmp_path):
         ),
         (["--gin.CALIBRATION_FILES=['a'"], "--gin.CALIBRATION_FILES: a bracket or quote is not "),
         (["--gin.NUM_SAMPLES=ten"], "NUM_SAMPLES is 'ten'; expected int or None"),
-        (["--gin.compress.codec=zip"], "compress.codec is 'zip'; expected 'qmoe' or 'uniform' or "),
+        (
+            ["--gin.compress.codec=zip"],
+            "compress.codec is 'zip'; expected 'qmoe' or 'tunstall' or ",
+        ),
         (["--gin.BITS=5"], "BITS is 5; expected 'ternary' (or 1.5), 2, 3 or 4"),
         (["--gin.METHOD=rtm"], "METHOD is 'rtm'; expected 'gptq' or 'rtn'"),
         (["--gin.CHECKPOINT_PATH=/nowhere"], "/nowhere "),

@@ -7,9 +7,13 @@ import pathlib
 import socket
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from qmoe_jax.checkpoints import packed
+from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.runs import processes, resume
 from qmoe_jax.runs.processes import Processes
 
@@ -73,8 +77,8 @@ def settings(data_dir, output):
     return [f"--gin.{name}={value!r}" for name, value in values.items()]
 
 
-def run(data_dir, output, count, *more, stop_at="-", devices=1):
-    """Return codes and standard errors of all processes."""
+def run(data_dir, output, count, *more, stop_at="-", devices=1, last=()):
+    """Return codes and standard errors of all processes; `last` are flags of the last one alone."""
     port = free_port()
     flags = f"{QUICK} --xla_force_host_platform_device_count={devices}"
     env = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
@@ -89,6 +93,7 @@ def run(data_dir, output, count, *more, stop_at="-", devices=1):
                 f"--process_index={index}",
                 *settings(data_dir, output),
                 *more,
+                *(last if index == count - 1 else ()),
             ],
             env=env,
             stdout=subprocess.DEVNULL,
@@ -149,6 +154,55 @@ def test_an_error_on_one_is_told_on_all(network, data_dir, tmp_path):
     assert codes == [1, 1]
     for error in errors:
         assert "is no folder" in error
+
+
+@pytest.mark.slow
+def test_processes_of_different_settings_do_not_begin(network, data_dir, tmp_path):
+    codes, errors = run(data_dir, tmp_path / "out", 2, last=["--gin.DAMPING=1.0"])
+    assert codes == [1, 1]
+    for error in errors:
+        assert "processes 0 and 1 were given different settings" in error and "0.1" in error
+    assert not (tmp_path / "out" / packed.JOURNAL).exists()
+
+
+@pytest.mark.parametrize("place", ["before", "inside", "after", "outside"])
+def test_what_fails_inside_two_steps_is_told_once(place, monkeypatch):
+    """Of two processes one fails: both leave with its message, and after as many exchanges."""
+    barrier, told = threading.Barrier(2, timeout=20), [None, None]
+    exchanges = [0, 0]
+
+    def gather(which, value):
+        exchanges[which.index] += 1
+        told[which.index] = value
+        barrier.wait()
+        found = list(told)
+        barrier.wait()
+        return found
+
+    monkeypatch.setattr(processes, "gather", gather)
+
+    def steps(index):
+        which = Processes(index, 2)
+
+        def fail(here):
+            if (index, here) == (1, place):
+                raise OSError("disk is gone")
+
+        with processes.together(which, "outer"):
+            fail("before")
+            with processes.together(which, "inner"):
+                fail("inside")
+            fail("after")
+        with processes.together(which, "next"):
+            fail("outside")
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(steps, index) for index in range(2)]
+        errors = [future.exception(timeout=60) for future in futures]
+    assert isinstance(errors[1], OSError)
+    assert isinstance(errors[0], CheckpointError)
+    assert str(errors[0]).endswith("failed on process 1: disk is gone")
+    assert exchanges[0] == exchanges[1]
 
 
 def test_parts_are_all_of_it():

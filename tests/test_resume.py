@@ -10,6 +10,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,8 @@ import time
 
 import pytest
 import rich.console
+import tiny_stores
+from tiny_stores import Kind
 
 from qmoe_jax.calibration.text import Text
 from qmoe_jax.checkpoints import packed
@@ -311,6 +314,73 @@ def test_what_a_killed_end_left_is_removed(run, tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="holds a finished packed checkpoint"):
         run(tmp_path / "out")
     assert not (tmp_path / "out" / resume.FOLDER).exists()
+
+
+def test_a_folder_that_only_has_the_name_is_left_alone(run, tmp_path):
+    """Beside what is no checkpoint, with files that no run wrote, or in a dry run."""
+    project, novel = tmp_path / "project", tmp_path / "project" / resume.FOLDER / "novel.txt"
+    novel.parent.mkdir(parents=True)
+    novel.write_text("It was")
+    (project / packed.MANIFEST).write_text("{}")
+    for dry_run in (True, False):
+        with pytest.raises(CheckpointError, match="holds"):
+            run(project, dry_run=dry_run)
+        assert novel.read_text() == "It was"
+    tiny_stores.write(tmp_path / "store", Kind("qmoe"))
+    shutil.copytree(novel.parent, tmp_path / "store" / resume.FOLDER)
+    left = tmp_path / "other" / resume.FOLDER / resume.LOCK
+    shutil.copytree(tmp_path / "store", tmp_path / "other")
+    (left.parent / "novel.txt").unlink()
+    left.write_text("")
+    resume.tidy(tmp_path / "store")
+    assert (tmp_path / "store" / resume.FOLDER / "novel.txt").exists()
+    with pytest.raises(CheckpointError, match="holds a finished packed checkpoint"):
+        run(tmp_path / "other", dry_run=True)
+    assert left.exists()
+    resume.tidy(tmp_path / "other")
+    assert not left.parent.exists()
+
+
+def test_killed_while_the_journal_is_first_written(run, whole, tmp_path, monkeypatch):
+    """A kill tidies nothing away, so that the unfinished file stays."""
+    real = os.replace
+
+    def replace(source, target):
+        if pathlib.Path(target).name == packed.JOURNAL:
+            raise Stopped
+        real(source, target)
+
+    with monkeypatch.context() as inner, pytest.raises(Stopped):
+        inner.setattr(os, "replace", replace)
+        run(tmp_path / "out")
+    (tmp_path / "out" / f"{packed.JOURNAL}.tmp").write_text("{")
+    assert result(tmp_path / "out", run(tmp_path / "out")) == whole
+
+
+def test_lines_of_other_processes_that_stand_there_twice(run, whole, tmp_path, monkeypatch):
+    """Two files with the same group, as two attempts at once would leave them."""
+    stopped_at(run, tmp_path / "out", "encoder", 3, monkeypatch)
+    folder = tmp_path / "out" / resume.FOLDER
+    journal = (tmp_path / "out" / packed.JOURNAL).read_text().splitlines(keepends=True)
+    records = (folder / resume.LOG).read_text().splitlines(keepends=True)
+    line = max(n for n, text in enumerate(journal) if '"experts"' in text)
+    record = max(n for n, text in enumerate(records) if '"group"' in text)
+    both = {"line": journal.pop(line).rstrip(), "record": json.loads(records.pop(record))}
+    (tmp_path / "out" / packed.JOURNAL).write_text("".join(journal))
+    (folder / resume.LOG).write_text("".join(records))
+    for name in ("process-1.jsonl", "process-2.jsonl"):
+        (folder / name).write_text(2 * (json.dumps(both) + "\n"))
+    result(tmp_path / "out", run(tmp_path / "out"))
+    experts = (tmp_path / "out" / packed.JOURNAL).read_text().splitlines()
+    assert len(experts) == len(set(experts))
+
+
+@pytest.mark.parametrize("content", ["{\n", "[]\n", '{"line": 3}\n'])
+def test_a_damaged_file_of_another_process_is_named(content, run, tmp_path, monkeypatch):
+    stopped_at(run, tmp_path / "out", "encoder", 1, monkeypatch)
+    (tmp_path / "out" / resume.FOLDER / "process-1.jsonl").write_text(content)
+    with pytest.raises(CheckpointError, match=r"process-1\.jsonl is damaged"):
+        run(tmp_path / "out")
 
 
 @pytest.mark.parametrize("line", [0, 2])

@@ -85,6 +85,29 @@ def test_losses_are_those_of_the_whole_model(name, samples):
     assert found.mean == pytest.approx(found.total.sum() / found.targets.sum())
 
 
+@pytest.mark.parametrize(("at", "where"), [("input", "stack's last block"), ("norm", "norm after")])
+def test_a_stack_that_ends_in_nan_is_not_finished(samples, at, where):
+    """What the last block's experts make is seen by no other block."""
+    params = tiny_switch.params("tiny_switch_base")
+    state = walk.start(params, samples, "encoder", FLOAT32, batch_tokens=128)
+    if at == "input":
+        state.current.data[state.current.offsets[3], 5] = np.inf
+    else:
+        params = jax.tree.map(lambda leaf: leaf * np.float32(np.inf), params)
+    with pytest.raises(ValueError, match=rf"activations of sample \d become NaN .* in the {where}"):
+        walk.finish(params, state, FLOAT32)
+
+
+def test_losses_that_are_not_finite_are_named(samples):
+    config, params = tiny_switch.config("tiny_switch_base"), tiny_switch.params("tiny_switch_base")
+    zeros = walk.start(params, samples, "encoder", FLOAT32, batch_tokens=128)
+    encoded = walk.finish(params, zeros, FLOAT32)
+    state = walk.start(params, samples, "decoder", FLOAT32, batch_tokens=128, encoded=encoded)
+    state.updated.data[state.updated.offsets[2], 0] = np.nan
+    with pytest.raises(ValueError, match="the loss of sample 2 becomes NaN or infinite"):
+        walk.losses(config, params, state)
+
+
 def test_memory_mapped_buffers_change_nothing(samples, tmp_path):
     in_memory = walked_losses("tiny_switch_base", samples)
     mapped = walked_losses("tiny_switch_base", samples, folder=tmp_path)

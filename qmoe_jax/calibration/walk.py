@@ -28,6 +28,11 @@ from qmoe_jax.models.config import Stack, SwitchConfig
 
 Params = Mapping[str, Any]
 
+_REMEDY = (
+    "Set ACTIVATION_DTYPE='float32' if it is not; else a weight before is too large, and the "
+    "checkpoint damaged"
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Routes:
@@ -220,7 +225,8 @@ def run_block(
     for batch, (x_BLD, expert_BL, prob_BL, finite) in _batched(function, activations):
         buffers.write_batch(activations.updated, batch, x_BLD)
         if not finite:
-            _check_finite(activations, batch)
+            _check_finite(activations, batch, activations.current, "before this block's dense part")
+            _check_finite(activations, batch, activations.updated, "in this block's dense part")
         if routes is not None:
             _scatter(activations, batch, expert_BL, routes.expert)
             _scatter(activations, batch, prob_BL, routes.prob)
@@ -235,22 +241,41 @@ def advance(activations: Activations) -> Activations:
 
 
 def finish(params: Params, activations: Activations, dtype: DTypeLike) -> TokenBuffer:
-    """The stack's normed output, written over `updated`."""
+    """The stack's normed output, written over `updated`.
+
+    Raises:
+      ValueError: an activation is NaN or infinite; names the sample.
+    """
     norm = {activations.stack: params[activations.stack]}
-    function = functools.partial(_final_norm, activations.stack, jnp.dtype(dtype), norm)
-    for batch, x_BLD in _batched(function, dataclasses.replace(activations, encoded=None)):
+
+    def function(*arguments):
+        out = _final_norm(activations.stack, jnp.dtype(dtype), norm, *arguments)
+        return out, _finite(out), _finite(arguments[0])
+
+    for batch, (x_BLD, *finite) in _batched(
+        function, dataclasses.replace(activations, encoded=None)
+    ):
         buffers.write_batch(activations.updated, batch, x_BLD)
+        if not all(finite):
+            _check_finite(activations, batch, activations.current, "in the stack's last block")
+            _check_finite(activations, batch, activations.updated, "in the norm after it")
     return activations.updated
 
 
 def losses(config: SwitchConfig, params: Params, activations: Activations) -> SampleLosses:
-    """Cross-entropy of every target, from the decoder's finished output in `updated`."""
+    """Cross-entropy of every target, from the decoder's finished output in `updated`.
+
+    Raises:
+      ValueError: a loss is NaN or infinite; names the sample.
+    """
     total = np.zeros(len(activations.samples))
     finished = dataclasses.replace(advance(activations), encoded=None)
     outer = {"token_embedder": params["token_embedder"], "decoder": params["decoder"]}
     for batch, loss_B in _batched(functools.partial(_losses, config, outer), finished):
         present = batch.samples >= 0
         total[batch.samples[present]] = loss_B[present]
+        if (wrong := batch.samples[present][~np.isfinite(loss_B[present])]).size:
+            raise ValueError(f"the loss of sample {wrong[0]} becomes NaN or infinite. {_REMEDY}")
     return SampleLosses(total, activations.samples.decoder_lengths)
 
 
@@ -287,17 +312,15 @@ def _tokens(activations: Activations, batch: Batch) -> tuple[Int[np.ndarray, "B 
     )
 
 
-def _check_finite(activations: Activations, batch: Batch) -> None:
+def _check_finite(activations: Activations, batch: Batch, buffer: TokenBuffer, where: str) -> None:
     """Padding, which no token sees, may hold anything."""
     for sample in batch.samples[batch.samples >= 0]:
         rows = slice(*activations.updated.offsets[sample : sample + 2])
-        for buffer, when in ((activations.current, "before"), (activations.updated, "in")):
-            if not np.isfinite(buffer.data[rows].astype(np.float32)).all():
-                raise ValueError(
-                    f"activations of sample {sample} become NaN or infinite {when} this block's "
-                    f"dense part, in {buffer.data.dtype.name}: set ACTIVATION_DTYPE='float32' if "
-                    "it is not; else a weight before is too large, and the checkpoint damaged"
-                )
+        if not np.isfinite(buffer.data[rows].astype(np.float32)).all():
+            raise ValueError(
+                f"activations of sample {sample} become NaN or infinite {where}, in "
+                f"{buffer.data.dtype.name}. {_REMEDY}"
+            )
 
 
 def _scatter(activations: Activations, batch: Batch, values_BL, out: np.ndarray) -> None:

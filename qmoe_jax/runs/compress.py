@@ -131,7 +131,10 @@ def compress(
         store_dtype=dtypes.float_dtype(store_dtype, "STORE_DTYPE"),
         dtype=dtypes.activation_dtype(compute.activation_dtype),
     )
-    resume.check(array_files.local_folder(output_dir))
+    output = array_files.local_folder(output_dir)
+    if not dry_run:
+        resume.tidy(output)
+    resume.check(output)
     original = source.open_source(
         checkpoint_path,
         memory_budget=compute.read_budget,

@@ -96,7 +96,9 @@ def finish(
     def share(worker: Worker) -> None:
         for t in followed:
             own = tracks.share(states[t.name], worker)
-            walk.finish(outer[worker.place][t.version], own, run.formats.dtype)
+            last = configs.num_layers(run.original.config, own.stack) - 1
+            with tracks.named(t, f"{own.stack}/layers_{last}"):
+                walk.finish(outer[worker.place][t.version], own, run.formats.dtype)
 
     workers.on_each(run.devices, share)
     return {t.name: _following(run, states[t.name]) for t in followed}
@@ -116,7 +118,8 @@ def losses(run: Run, track: Track, outer: list[VersionParams], state: Activation
 
     def share(worker: Worker) -> SampleLosses:
         params = outer[worker.place][track.version]
-        return walk.losses(run.original.config, params, tracks.share(state, worker))
+        with tracks.named(track, "logits"):
+            return walk.losses(run.original.config, params, tracks.share(state, worker))
 
     parts = workers.on_each(run.devices, share)
     total = np.sum([part.total for part in parts], axis=0)

@@ -17,6 +17,8 @@ from jaxtyping import Shaped
 
 from qmoe_jax.checkpoints.errors import CheckpointError
 
+_TOLD = "told_to_all_processes"
+
 
 @dataclasses.dataclass(frozen=True)
 class Processes:
@@ -48,12 +50,6 @@ def here() -> Processes:
     return Processes(jax.process_index(), jax.process_count())
 
 
-def barrier(processes: Processes, name: str) -> None:
-    """Waits until all processes have come here."""
-    if not processes.alone:
-        multihost_utils.sync_global_devices(name)
-
-
 def gather(processes: Processes, value: Any) -> list[Any]:
     """A small JSON value of every process, in their order, on all of them."""
     if processes.alone:
@@ -83,6 +79,9 @@ def total(
 def together(processes: Processes, what: str) -> Iterator[None]:
     """A step that fails on all processes if it fails on one.
 
+    Steps may have steps inside: what failed is told once, in the innermost that it leaves, and all
+    processes leave the outer ones with it.
+
     Raises:
       CheckpointError: on the others, with what the one said.
     """
@@ -92,9 +91,13 @@ def together(processes: Processes, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        gather(processes, str(error))
+        if not getattr(error, _TOLD, False):
+            gather(processes, str(error))
+            setattr(error, _TOLD, True)
         raise
     failed = [(i, said) for i, said in enumerate(gather(processes, None)) if said is not None]
     if failed:
         index, said = failed[0]
-        raise CheckpointError(f"{what} failed on process {index}: {said}")
+        error = CheckpointError(f"{what} failed on process {index}: {said}")
+        setattr(error, _TOLD, True)
+        raise error

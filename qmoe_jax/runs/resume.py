@@ -24,6 +24,8 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
+
 from qmoe_jax.calibration.walk import Activations
 from qmoe_jax.checkpoints import array_files, packed, packed_manifest
 from qmoe_jax.checkpoints.errors import CheckpointError
@@ -39,6 +41,10 @@ from qmoe_jax.runs.snapshots import Snapshot
 FOLDER = "unfinished"
 LOG = "run.jsonl"
 LOCK = "lock"
+
+_OWN = "process-*.jsonl"
+# What may be there before a run's store is: also a journal that was being written.
+_BESIDE = (FOLDER, f"{packed.JOURNAL}.tmp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +87,23 @@ class Earlier:
         return [block.record for block in self.blocks if block.record is not None]
 
 
+def tidy(output: pathlib.Path) -> None:
+    """Removes what a run that was stopped in the midst of `finish` left beside its checkpoint.
+
+    Nothing is touched beside anything else than a finished checkpoint, or if other files than a
+    run's are there.
+    """
+    folder = output / FOLDER
+    if not (output / packed.MANIFEST).exists() or (folder / LOG).exists() or not folder.is_dir():
+        return
+    with contextlib.suppress(CheckpointError):
+        packed.open_checkpoint(output)
+        with _locked(output):
+            left = folder.iterdir()
+            if all(any(file.match(own) for own in (LOCK, "*.bin", _OWN)) for file in left):
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def check(output: pathlib.Path) -> None:
     """Checks that a run may begin or go on in a folder.
 
@@ -88,9 +111,7 @@ def check(output: pathlib.Path) -> None:
       CheckpointError: it holds something else, or a finished checkpoint.
     """
     if not (output / FOLDER / LOG).exists():
-        if (output / packed.MANIFEST).exists():  # stopped by `finish`, in the midst of it
-            shutil.rmtree(output / FOLDER, ignore_errors=True)
-        packed.check_free(output, beside=[FOLDER])
+        packed.check_free(output, beside=_BESIDE)
 
 
 def check_same(output: pathlib.Path, identity: Mapping[str, Any]) -> bool:
@@ -127,10 +148,11 @@ def attempt(
     of several processes call this; the first alone writes here.
 
     Raises:
-      CheckpointError: see `check` and `check_same`; another process is at work there; the folder
-        cannot be written, or what is in it is damaged.
+      CheckpointError: see `check` and `check_same`; another process is at work there, or was given
+        other settings; the folder cannot be written, or what is in it is damaged.
     """
     file = output / FOLDER / LOG
+    _check_alike(processes, identity)
     with contextlib.ExitStack() as held:
         with processes_lib.together(processes, f"opening {output}"):
             if processes.first:
@@ -151,6 +173,20 @@ def attempt(
             raise
 
 
+def _check_alike(processes: Processes, identity: Mapping[str, Any]) -> None:
+    """Checks that all processes were given the same; each of them finds the same fault."""
+    own = {**identity, "version of jax": jax.__version__}
+    first, *others = processes_lib.gather(processes, own)
+    for index, other in enumerate(others, 1):
+        names = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if names:
+            changed = [f"{name} is {first.get(name)!r}, {other.get(name)!r}" for name in names]
+            raise CheckpointError(
+                f"processes 0 and {index} were given different settings ({'; '.join(changed)}): "
+                "start all of them with the same ones, and the same text"
+            )
+
+
 @contextlib.contextmanager
 def _opened(output: pathlib.Path, header: Header, identity: Mapping[str, Any]) -> Iterator[None]:
     """The folder of a run, made or taken up, with all that processes committed in the store."""
@@ -160,7 +196,7 @@ def _opened(output: pathlib.Path, header: Header, identity: Mapping[str, Any]) -
         if not check_same(output, identity):
             array_files.write_text(file, json.dumps({"run": identity}) + "\n")
         if not (output / packed.JOURNAL).exists():
-            packed.create(output, header, beside=[FOLDER])
+            packed.create(output, header, beside=_BESIDE)
         array_files.drop_cut_line(file)
         _take_over(output)
         store = packed.reopen(output)
@@ -208,16 +244,25 @@ def _own_file(output: pathlib.Path, processes: Processes) -> pathlib.Path:
 
 
 def _take_over(output: pathlib.Path) -> None:
-    """Puts what other processes committed where the first one keeps it, and removes their files."""
-    files = sorted((output / FOLDER).glob("process-*.jsonl"))
-    known = (output / packed.JOURNAL).read_text()
+    """Puts what other processes committed where the first one keeps it, and removes their files.
+
+    Raises:
+      CheckpointError: a file of theirs is damaged, or the disk is full.
+    """
+    files = sorted((output / FOLDER).glob(_OWN))
+    known = set((output / packed.JOURNAL).read_text().splitlines())
     for file in files:
-        array_files.drop_cut_line(file)
-        for text in file.read_text().splitlines():
-            both = json.loads(text)
-            if both["line"] not in known:
-                _append(output, both["record"])
-                packed.commit_line(output, both["line"])
+        try:
+            array_files.drop_cut_line(file)
+            lines = [json.loads(text) for text in file.read_text().splitlines()]
+            found = {both["line"]: both["record"] for both in lines}
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise _damaged(file, error) from error
+        for line, record in found.items():
+            if line not in known:
+                known.add(line)
+                _append(output, record)
+                packed.commit_line(output, line)
     for file in files:
         file.unlink()
 

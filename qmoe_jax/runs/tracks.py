@@ -7,7 +7,7 @@ import hashlib
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Literal, TypeAlias
 
 import numpy as np
@@ -262,7 +262,14 @@ def run_block(
     Raises:
       ValueError: an activation is NaN or infinite.
     """
-    try:
+    with named(track, f"{block.stack}/layers_{layer}"):
         return walk.run_block(block, params, layer_params, activations, routes)
+
+
+@contextlib.contextmanager
+def named(track: Track, where: str) -> Iterator[None]:
+    """Says of what is found wrong inside, where it was and with which samples."""
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{block.stack}/layers_{layer}, {track.name}: {error}") from error
+        raise ValueError(f"{where}, {track.name}: {error}") from error
