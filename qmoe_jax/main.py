@@ -72,6 +72,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         given = options.parse(argv, RUN_MODES, ROOT, __doc__ or "")
         traceback, mode = given.traceback, given.run_mode
+        _check_processes(given)
         if given.multiprocess:
             devices.join_processes(
                 given.coordinator_address, given.process_count, given.process_index
@@ -95,6 +96,20 @@ def main(argv: Sequence[str]) -> int:
         print(f"qmoe-jax: error: {message}", file=sys.stderr)
         return 1
     return 0
+
+
+def _check_processes(given: Options) -> None:
+    if given.multiprocess and given.run_mode != "compress":
+        raise ValueError(
+            f"--multiprocess_gpu is for compress: start {given.run_mode} once, in one process"
+        )
+    named = {
+        "coordinator_address": given.coordinator_address,
+        "process_count": given.process_count,
+        "process_index": given.process_index,
+    }
+    if not given.multiprocess and (found := [f"--{n}" for n, v in named.items() if v is not None]):
+        raise ValueError(f"{', '.join(found)}: of no effect without --multiprocess_gpu, add it")
 
 
 def configure(function: Callable[..., Any], given: Options) -> dict[str, Any]:

@@ -224,6 +224,8 @@ def test_a_model_file_may_be_loaded_too(tmp_path):
             "cannot read `TASK_FEATURE_LENGTHS = {inputs: 512}`; expected NAME = VALUE, text in",
         ),
         (["--gin.CALIBRATION_FILES=['a'"], "--gin.CALIBRATION_FILES: a bracket or quote is not "),
+        (["--process_count=2"], "--process_count: of no effect without --multiprocess_gpu"),
+        (["--multiprocess_gpu", "--run_mode=eval"], "--multiprocess_gpu is for compress: start ev"),
         (["--gin.NUM_SAMPLES=ten"], "NUM_SAMPLES is 'ten'; expected int or None"),
         (
             ["--gin.compress.codec=zip"],

@@ -137,6 +137,26 @@ def test_measured_time_is_of_all_phases(data_dir, monkeypatch):
     assert "the run" in printed
 
 
+def test_folders_that_are_not_there_yet_are_not_made(data_dir, tmp_path):
+    path = str(data_dir / "t5x/tiny_switch_base/legacy")
+    compute = compress.Compute(
+        buffer_dir=str(tmp_path / "buffers"), scratch_dir=str(tmp_path / "scratch")
+    )
+    made, _ = quietly(path, num_samples=64, inputs_length=64, compute=compute)
+    assert made.seconds["all"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_blocks_that_are_cut_anew_are_not_read_for_a_rate(data_dir, monkeypatch):
+    """With no room in memory for a block of chunks, all of it would go to disk first."""
+    monkeypatch.setattr(rehearsal, "read_rate", lambda source: pytest.fail("read"))
+    path = str(data_dir / "t5x/tiny_switch_base/legacy")
+    compute = compress.Compute(read_budget=1000)
+    made, _ = quietly(path, num_samples=64, inputs_length=64, compute=compute)
+    assert made.needs.scratch > 0
+    assert made.seconds["reading, beside the rest"] == 0
+
+
 def test_memory_of_the_machine_is_found(monkeypatch, tmp_path):
     found = machine.host_memory()
     assert found is not None and found > 10**8
@@ -158,6 +178,39 @@ def test_command_line(capsys):
     code = main.main(["", "--run_mode=plan", *flags])
     assert code == 0
     assert "EXPERTS_PER_GROUP" in capsys.readouterr().out
+
+
+def test_what_lies_on_one_disk_is_added_up():
+    made, _ = quietly(
+        model=released("switch_c_2048"), described=Described(disk=900 * 10**9), **QUIET
+    )
+    assert made.how.mapped is False  # buffers on that disk would not fit either
+    needed = dataclasses.replace(made.needs, buffers=800 * 10**9)
+    (found,) = [text for text in needs.lacking(needed, made.machine) if text.startswith("disk")]
+    assert found.startswith("disk at OUTPUT_DIR and BUFFER_DIR: ")
+    apart = dataclasses.replace(made.machine, disks={})
+    assert not any(text.startswith("disk") for text in needs.lacking(needed, apart))
+
+
+def test_another_machine_may_have_more_devices():
+    options = {"model": released("switch_base_8"), "num_devices": 8, **QUIET}
+    made, _ = quietly(described=Described(device_memory=80 * 10**9), **options)
+    assert made.machine.num_devices == 8
+    with pytest.raises(ValueError, match="8"):
+        quietly(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_validation_samples": -5}, "NUM_VALIDATION_SAMPLES is -5; expected 0 or more"),
+        ({"described": Described(device_memory=-1)}, "DEVICE_MEMORY is -1; expected bytes"),
+        ({"described": Described(disk=0)}, "DISK is 0; expected bytes, 1 or more"),
+    ],
+)
+def test_numbers_that_cannot_be(options, message):
+    with pytest.raises(ValueError, match=message):
+        quietly(model=released("switch_base_8"), **QUIET, **options)
 
 
 def test_shared_memory_counts_twice():

@@ -30,6 +30,23 @@ def test_overlap_of_stages():
     assert timeline.overlap([]) == {}
 
 
+def test_several_devices_at_once_are_busy_once():
+    """Their threads have one name."""
+    spans = [Span("solve", "device", 0.0, 2.0, ident) for ident in range(4)]
+    spans += [Span("dense part", "main", 3.0, 1.0), Span("solve", "device", 1.0, 2.0, 9)]
+    assert timeline.overlap(spans)["busy_fraction"] == pytest.approx(1.0)
+    assert timeline.overlap([*spans, Span("solve", "device", 5.0, 1.0)])[
+        "busy_fraction"
+    ] == pytest.approx(5 / 6)
+
+
+def test_threads_of_one_name_have_rows_of_their_own(tmp_path):
+    timeline.save([Span("solve", "device", 0.0, 2.0, ident) for ident in range(3)], tmp_path)
+    events = json.loads((tmp_path / timeline.FILE).read_text())["traceEvents"]
+    assert len({e["tid"] for e in events if e["ph"] == "X"}) == 3
+    assert [e["args"]["name"] for e in events if e["ph"] == "M"] == 3 * ["device"]
+
+
 def test_the_trace_holds_every_span_in_its_thread(tmp_path):
     timeline.save(SPANS, tmp_path)
     events = json.loads((tmp_path / timeline.FILE).read_text())["traceEvents"]

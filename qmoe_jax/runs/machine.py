@@ -5,6 +5,7 @@ import dataclasses
 import os
 import pathlib
 import shutil
+from collections.abc import Mapping
 
 from qmoe_jax.runs import devices
 
@@ -22,6 +23,8 @@ class Machine:
     output_disk: int | None
     buffer_disk: int | None = None
     scratch_disk: int | None = None
+    # Of OUTPUT_DIR, BUFFER_DIR and SCRATCH_DIR: those of one number are on one disk.
+    disks: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def shared_memory(self) -> bool:
@@ -35,13 +38,16 @@ def detect(
     buffer_dir: str | None = None,
     scratch_dir: str | None = None,
 ) -> Machine:
-    """The machine at hand.
+    """The machine at hand; buffers and scratch files that have no folder are to be at the output.
 
     Raises:
       ValueError: it has not so many devices.
     """
     chosen = devices.chosen(num_devices)
     stats = chosen[0].memory_stats() or {}
+    output_dir = output_dir or "."
+    buffer_dir, scratch_dir = buffer_dir or output_dir, scratch_dir or output_dir
+    folders = {"OUTPUT_DIR": output_dir, "BUFFER_DIR": buffer_dir, "SCRATCH_DIR": scratch_dir}
     return Machine(
         device=chosen[0].device_kind,
         num_devices=len(chosen),
@@ -50,6 +56,7 @@ def detect(
         output_disk=free_disk(output_dir),
         buffer_disk=free_disk(buffer_dir),
         scratch_disk=free_disk(scratch_dir),
+        disks={name: existing(folder).stat().st_dev for name, folder in folders.items()},
     )
 
 
@@ -66,11 +73,14 @@ def host_memory() -> int | None:
     return min(found, default=None)
 
 
-def free_disk(folder: str | None) -> int | None:
+def free_disk(folder: str) -> int:
     """Where a folder is, or will be made."""
-    if folder is None:
-        return None
+    return shutil.disk_usage(existing(folder)).free
+
+
+def existing(folder: str) -> pathlib.Path:
+    """The folder, or the nearest one above that is there already."""
     path = pathlib.Path(folder).absolute()
     while not path.exists() and path != path.parent:
         path = path.parent
-    return shutil.disk_usage(path).free
+    return path

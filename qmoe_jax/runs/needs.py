@@ -79,7 +79,6 @@ def needs(config: SwitchConfig, work: Work, how: How, scratch: int = 0) -> Needs
     }
     # Both buffers of a stack; in the decoder's walk the encoder's outputs too.
     buffers = max(2 * current["encoder"], current["encoder"] + 2 * current["decoder"])
-    kept = max(2 * current["encoder"], current["encoder"] + 2 * current["decoder"])
     host = {
         "activation buffers": 0 if how.mapped else buffers,
         "ids and routes": 30 * max(work.tokens(stack) for stack in STACKS),
@@ -93,7 +92,7 @@ def needs(config: SwitchConfig, work: Work, how: How, scratch: int = 0) -> Needs
         output={
             "packed experts": int(weights * bits_per_weight(config, how) / 8),
             "other parameters": how.store_bytes * others,
-            "to go on from, until the end": 0 if how.mapped else kept,
+            "to go on from, until the end": 0 if how.mapped else buffers,
         },
         buffers=2 * sum(current.values()) if how.mapped else 0,
         scratch=scratch,
@@ -151,6 +150,36 @@ def bits_per_weight(config: SwitchConfig, how: How) -> float:
     return levels + ROW_BITS[how.codec] * scales / one_expert(config)
 
 
+def _disks(
+    needed: Needs, output: dict[str, int], machine: Machine
+) -> list[tuple[str, dict[str, int], int | None, str]]:
+    """Of each disk the settings that lie on it, what takes room, what is there, and a remedy."""
+    places = {
+        "OUTPUT_DIR": (output, machine.output_disk, "OUTPUT_DIR on another disk"),
+        "BUFFER_DIR": (
+            {"activation buffers": needed.buffers},
+            machine.buffer_disk,
+            "BUFFER_DIR on another disk, or fewer NUM_SAMPLES",
+        ),
+        "SCRATCH_DIR": (
+            {"blocks of chunks": needed.scratch},
+            machine.scratch_disk,
+            "SCRATCH_DIR on another disk, or a larger READ_BUDGET",
+        ),
+    }
+    disks: dict[int | str, list[str]] = {}
+    for name, (taken, *_) in places.items():
+        if sum(taken.values()):
+            disks.setdefault(machine.disks.get(name, name), []).append(name)
+    found = []
+    for names in disks.values():
+        taken = {what: size for name in names for what, size in places[name][0].items()}
+        there = min((free for name in names if (free := places[name][1]) is not None), default=None)
+        remedy = "; or ".join(places[name][2] for name in names)
+        found.append((f"disk at {' and '.join(names)}", taken, there, remedy))
+    return found
+
+
 def lacking(needed: Needs, machine: Machine, certain: bool = False) -> list[str]:
     """What does not fit, each with the numbers and a remedy; empty where all does.
 
@@ -172,19 +201,7 @@ def lacking(needed: Needs, machine: Machine, certain: bool = False) -> list[str]
             machine.host_memory,
             "BUFFER_DIR on a fast disk, or fewer NUM_SAMPLES",
         ),
-        ("disk at OUTPUT_DIR", output, machine.output_disk, "OUTPUT_DIR on another disk"),
-        (
-            "disk at BUFFER_DIR",
-            {"activation buffers": needed.buffers},
-            machine.buffer_disk,
-            "BUFFER_DIR on another disk, or fewer NUM_SAMPLES",
-        ),
-        (
-            "disk at SCRATCH_DIR",
-            {"blocks of chunks": needed.scratch},
-            machine.scratch_disk if machine.scratch_disk is not None else machine.output_disk,
-            "SCRATCH_DIR on another disk, or a larger READ_BUDGET",
-        ),
+        *_disks(needed, output, machine),
     ]
     if not certain:
         for phase, nbytes in needed.device.items():

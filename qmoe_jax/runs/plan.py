@@ -44,7 +44,7 @@ class Described:
     Attributes:
       device_memory: bytes of one accelerator; JAX takes three quarters of it.
       host_memory: bytes.
-      disk: free bytes wherever the run writes.
+      disk: free bytes of the one disk that the run writes to.
     """
 
     device_memory: int | None = None
@@ -79,7 +79,7 @@ def plan(
       output_dir: where it would be written; its disk is looked at. None: the working folder's.
       quantizer, compute, num_samples, num_validation_samples, compare_round_to_nearest, codec,
         store_dtype, num_devices: as of `compress`.
-      described: another machine.
+      described: another machine; with `device_memory`, `num_devices` are its own.
       inputs_length: tokens of the longest sample; all are taken to be that long.
       measure: run a small model of the same widths for the estimate of time, about a minute.
       dry_run: the same as `measure=False`.
@@ -96,7 +96,10 @@ def plan(
         )
     opened = None
     if checkpoint_path is not None:
-        opened = source.open_source(checkpoint_path, memory_budget=compute.read_budget)
+        scratch = machine.existing(compute.scratch_dir or output_dir or ".")
+        opened = source.open_source(
+            checkpoint_path, memory_budget=compute.read_budget, scratch_dir=scratch
+        )
         model = opened.config
     assert model is not None
     formats = Formats(
@@ -104,7 +107,11 @@ def plan(
         store_dtype=dtypes.float_dtype(store_dtype, "STORE_DTYPE"),
         dtype=dtypes.activation_dtype(compute.activation_dtype),
     )
-    found = _machine(machine.detect(num_devices, output_dir or ".", compute.buffer_dir), described)
+    if num_validation_samples < 0:
+        raise ValueError(f"NUM_VALIDATION_SAMPLES is {num_validation_samples}; expected 0 or more")
+    here = None if described.device_memory is not None else num_devices
+    found = machine.detect(here, output_dir, compute.buffer_dir, compute.scratch_dir)
+    found = _machine(found, described, num_devices)
     lengths = span_corruption.span_lengths(inputs_length)
     each: dict[Stack, int] = {"encoder": inputs_length, "decoder": lengths.targets}
     versions = 0 if not num_validation_samples else 3 if compare_round_to_nearest else 2
@@ -125,14 +132,21 @@ def plan(
     return made
 
 
-def _machine(found: Machine, described: Described) -> Machine:
+def _machine(found: Machine, described: Described, num_devices: int | None) -> Machine:
+    for name, size in dataclasses.asdict(described).items():
+        if size is not None and size < 1:
+            raise ValueError(f"{name.upper()} is {size}; expected bytes, 1 or more")
     changed: dict[str, Any] = {}
     if described.device_memory is not None:
         changed |= {"device": "as described", "device_memory": described.device_memory * 3 // 4}
+        if num_devices is not None and num_devices < 1:
+            raise ValueError(f"NUM_DEVICES is {num_devices}; expected 1 or more")
+        changed |= {"num_devices": num_devices or found.num_devices}
     if described.host_memory is not None:
         changed["host_memory"] = described.host_memory
     if described.disk is not None:
         changed |= dict.fromkeys(("output_disk", "buffer_disk", "scratch_disk"), described.disk)
+        changed["disks"] = dict.fromkeys(found.disks, 0)
     return dataclasses.replace(found, **changed)
 
 
@@ -167,8 +181,7 @@ def _fitting(
     lacking = needs.lacking(needed, found)
     if lacking and not how.mapped:
         other = dataclasses.replace(how, mapped=True)
-        elsewhere = dataclasses.replace(found, buffer_disk=found.buffer_disk or found.output_disk)
-        if not needs.lacking(needs.needs(config, wanted, other, scratch), elsewhere):
+        if not needs.lacking(needs.needs(config, wanted, other, scratch), found):
             how, needed, lacking = other, needs.needs(config, wanted, other, scratch), []
     return how, needed, lacking
 
@@ -191,7 +204,8 @@ def _measured(
         compute=dataclasses.replace(compute, experts_per_group=None),
         versions=wanted.versions,
     )
-    if opened is not None:
+    # Where blocks are cut anew on disk, the first expert would take as long as all of them.
+    if opened is not None and not opened.scratch_bytes():
         rates = dataclasses.replace(rates, read=rehearsal.read_rate(opened))
     amounts = rehearsal.amounts(
         config, dict(wanted.calibration), dict(wanted.validation), wanted.versions

@@ -80,7 +80,8 @@ def timed(progress: Progress, phase: str) -> Generator[None]:
         spent = time.perf_counter() - start
         with _ADDING:
             progress.seconds[phase] = progress.seconds.get(phase, 0.0) + spent
-        progress.spans.append(Span(phase, threading.current_thread().name, start, spent))
+        thread = threading.current_thread()
+        progress.spans.append(Span(phase, thread.name, start, spent, thread.ident or 0))
 
 
 def _draws(console: rich.console.Console) -> bool:

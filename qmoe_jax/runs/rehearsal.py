@@ -24,7 +24,7 @@ from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.quantization.quantizer import Quantizer
-from qmoe_jax.runs import compress, tracks, work
+from qmoe_jax.runs import compress, machine, tracks, work
 from qmoe_jax.runs.compress import Compute
 from qmoe_jax.runs.groups import Formats
 
@@ -106,7 +106,11 @@ def rehearse(
     samples = Samples(vocab, calibration, validation if versions else None)
     times = []
     for _ in range(2):
-        with tempfile.TemporaryDirectory(dir=compute.buffer_dir) as folder:
+        parent = compute.buffer_dir and machine.existing(compute.buffer_dir)
+        with tempfile.TemporaryDirectory(dir=parent) as folder:
+            own = dataclasses.replace(
+                compute, buffer_dir=compute.buffer_dir and folder, scratch_dir=None
+            )
             begun = time.perf_counter()
             report = compress.compress_samples(
                 random_source(small),
@@ -114,9 +118,10 @@ def rehearse(
                 str(pathlib.Path(folder, "packed")),
                 quantizer=quantizer,
                 formats=formats,
-                compute=compute,
+                compute=own,
                 compare_round_to_nearest=versions > 2,
                 text_settings={},
+                num_devices=1,
                 dry_run=False,
                 console=rich.console.Console(file=io.StringIO()),
             )
