@@ -191,6 +191,54 @@ def stopped_at(run, output, stack, layer, patch, **options):
             run(output, **options)
 
 
+def test_a_block_is_not_read_anew_for_every_committed_group(run, whole, tmp_path, monkeypatch):
+    """Where chunks hold many experts, each reading decompresses the block."""
+    solve, readings = groups.solve, []
+    one = {"compute": {"experts_per_group": 1}}
+
+    def stopping(*arguments):
+        if (arguments[2].stack, arguments[3], arguments[5].start) == ("encoder", 3, 6):
+            raise Stopped
+        return solve(*arguments)
+
+    with monkeypatch.context() as inner, pytest.raises(Stopped):
+        inner.setattr(groups, "solve", stopping)
+        run(tmp_path / "out", **one)
+    open_source = compress.source.open_source
+
+    def opened(*arguments, **options):
+        found = open_source(*arguments, **options)
+
+        def expert_groups(stack, layer, size, start=0):
+            readings.append((stack, layer, size, start))
+            return found.expert_groups(stack, layer, size, start)
+
+        return dataclasses.replace(found, expert_groups=expert_groups)
+
+    monkeypatch.setattr(compress.source, "open_source", opened)
+    assert run(tmp_path / "out", **one).losses == whole[1]
+    of_block = [reading for reading in readings if reading[:2] == ("encoder", 3)]
+    assert [reading[0] for reading in of_block] == 2 * ["encoder"]  # what is there, what is left
+    assert of_block[0] == ("encoder", 3, 1, 0)
+
+
+def test_committed_groups_are_applied_in_parts_that_fit(run, whole, tmp_path, monkeypatch):
+    """Committed three by three, and gone on with on a device that has room for one."""
+    stopped_at(run, tmp_path / "out", "encoder", 3, monkeypatch)
+    sizes, on_device = [], groups.on_device
+
+    def counted(stack, layer, group):
+        sizes.append(group.stop - group.start)
+        return on_device(stack, layer, group)
+
+    monkeypatch.setattr(groups, "on_device", counted)
+    report = run(tmp_path / "out", compute={"experts_per_group": 1})
+    assert set(sizes) == {1}
+    assert report.losses == whole[1]
+    tokens = [layer.tokens for layer in report.layers]
+    assert tokens == [layer["tokens"] for layer in whole[4]]
+
+
 @pytest.mark.parametrize("mapped", [False, True], ids=["memory", "mapped"])
 @pytest.mark.parametrize("damage", ["bytes", "short", "gone"])
 def test_damaged_activations_are_made_again(damage, mapped, run, whole, tmp_path, monkeypatch):

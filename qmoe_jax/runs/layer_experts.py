@@ -151,7 +151,11 @@ def _work(
             if read is None:
                 break
             if read.stored is not None:
-                solved += _apply_committed(at, read.group, read.stored)
+                stored = ExpertGroup(read.group.start, read.group.stop, read.stored)
+                sizes = (_parts(of, _group_size(run)) for of in (read.group, stored))
+                for part, own in zip(*sizes, strict=True):
+                    solved += _apply_committed(at, part, own.arrays)
+                del part, own, stored
             else:
                 for part in _parts(read.group, _group_size(run)):
                     solved += _compress_group(at, part)
@@ -165,21 +169,22 @@ def _read(run: Run, layer: _Layer) -> Generator[_Read]:
     stack, number, versions = layer.block.stack, layer.number, _versions(layer.followed)
     entries = run.earlier.store.groups.get((stack, number), ())
     own = run.processes.own(layer.block.config.num_experts)
-    for entry in entries:
-        start, stop = max(entry.start, own.start), min(entry.stop, own.stop)
-        if start >= stop:
-            continue
-        size, stored = stop - start, {}
-        group = ExpertGroup(start, stop, {})
-        with progress.timed(run.shown, f"read{BESIDE}"):
-            if versions - {"compressed"}:
-                group = next(run.original.expert_groups(stack, number, size, start))
-            if "compressed" in versions:
-                stored = packed.read_group(run.earlier.store, entry)
-                at = start - entry.start
-                stored = {name: source.dense_kernel(stored[name], at, size) for name in stored}
-        yield _Read(group, stored)
-        del group, stored
+    for alike in _alike(entries, own):
+        start, stop, _ = alike[0]
+        # One reading for all of them: the chunks of a checkpoint may hold many experts.
+        originals = run.original.expert_groups(stack, number, stop - start, start)
+        for start, stop, entry in alike:
+            group, stored = ExpertGroup(start, stop, {}), {}
+            with progress.timed(run.shown, f"read{BESIDE}"):
+                if versions - {"compressed"}:
+                    group = _first(next(originals), stop)
+                if "compressed" in versions:
+                    stored = packed.read_group(run.earlier.store, entry)
+                    at, size = start - entry.start, stop - start
+                    stored = {name: source.dense_kernel(stored[name], at, size) for name in stored}
+            yield _Read(group, stored)
+            del group, stored
+        del originals  # and what it keeps of chunks
     for first, last in _gaps(entries, own):
         left = run.original.expert_groups(stack, number, _group_size(run), first)
         while first < last:
@@ -188,6 +193,29 @@ def _read(run: Run, layer: _Layer) -> Generator[_Read]:
             first = group.stop
             yield _Read(group, None)
             del group  # the caller alone holds a group, and can free it before the next
+
+
+def _alike(
+    entries: Iterable[GroupEntry], own: range
+) -> Iterator[list[tuple[int, int, GroupEntry]]]:
+    """This process's part of what is committed, in parts that one reading gives.
+
+    Of each group start, stop and entry; they follow each other, and all but the last are of one
+    size.
+    """
+    found: list[tuple[int, int, GroupEntry]] = []
+    for entry in entries:
+        start, stop = max(entry.start, own.start), min(entry.stop, own.stop)
+        if start >= stop:
+            continue
+        if found:
+            size, (before, end, _) = found[0][1] - found[0][0], found[-1]
+            if end != start or end - before != size or stop - start > size:
+                yield found
+                found = []
+        found.append((start, stop, entry))
+    if found:
+        yield found
 
 
 def _gaps(entries: Iterable[GroupEntry], own: range) -> Iterator[tuple[int, int]]:
