@@ -191,6 +191,27 @@ def stopped_at(run, output, stack, layer, patch, **options):
             run(output, **options)
 
 
+def test_the_output_may_move_between_attempts(run, whole, tmp_path, monkeypatch):
+    stopped_at(run, tmp_path / "out", "decoder", 1, monkeypatch)
+    (tmp_path / "out").rename(tmp_path / "moved")
+    out = io.StringIO()
+    report = run(tmp_path / "moved", console=rich.console.Console(file=out, width=200))
+    assert "going on after decoder block 1 of 4" in out.getvalue()
+    assert "walking" not in out.getvalue()
+    assert result(tmp_path / "moved", report) == whole
+
+
+def test_buffers_of_every_attempt_are_removed(run, whole, tmp_path, monkeypatch):
+    """One folder for each process that there was; the last attempt has none."""
+    compute = {"buffer_dir": str(tmp_path / "buffers")}
+    stopped_at(run, tmp_path / "out", "encoder", 3, monkeypatch, compute=compute)
+    (folder,) = (tmp_path / "buffers").iterdir()
+    shutil.copytree(folder, folder.with_name(folder.name[:-1] + "1"))
+    (tmp_path / "buffers" / "qmoe_jax-another-0").mkdir()
+    assert result(tmp_path / "out", run(tmp_path / "out")) == whole
+    assert [path.name for path in (tmp_path / "buffers").iterdir()] == ["qmoe_jax-another-0"]
+
+
 def test_a_block_is_not_read_anew_for_every_committed_group(run, whole, tmp_path, monkeypatch):
     """Where chunks hold many experts, each reading decompresses the block."""
     solve, readings = groups.solve, []
@@ -246,7 +267,7 @@ def test_damaged_activations_are_made_again(damage, mapped, run, whole, tmp_path
     stopped_at(run, tmp_path / "out", "decoder", 1, monkeypatch, compute=compute)
     newest = json.loads(last_block(tmp_path / "out"))["block"]["snapshots"]
     for snapshot in newest.values():
-        file = pathlib.Path(snapshot["file"])
+        file = tmp_path / "out" / resume.FOLDER / snapshot["file"]
         if damage == "bytes":
             content = bytearray(file.read_bytes())
             content[len(content) // 2] ^= 1

@@ -204,9 +204,10 @@ def compress_samples(
     if all_processes.alone and not (output / resume.FOLDER).exists():
         _check_room(original, samples, followed, quantizer, formats, compute, group_size, output)
     header = Header(original.config, formats.codec, settings, report.checkpoint)
+    kept = tracks.kept_buffers(compute.buffer_dir, output)
     with (
-        resume.attempt(output, header, identity, all_processes) as earlier,
-        tracks.kept_buffer_folder(compute.buffer_dir, output, all_processes.index) as buffer_dir,
+        resume.attempt(output, header, identity, all_processes, kept) as earlier,
+        tracks.kept_buffer_folder(kept, all_processes.index) as buffer_dir,
         progress.showing(_total_work(original.config, followed), console) as shown,
     ):
         if samples.vocabulary is not None and all_processes.first:

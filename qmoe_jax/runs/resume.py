@@ -140,12 +140,17 @@ def check_same(output: pathlib.Path, identity: Mapping[str, Any]) -> bool:
 
 @contextlib.contextmanager
 def attempt(
-    output: pathlib.Path, header: Header, identity: Mapping[str, Any], processes: Processes
+    output: pathlib.Path,
+    header: Header,
+    identity: Mapping[str, Any],
+    processes: Processes,
+    buffers: str | None = None,
 ) -> Iterator[Earlier]:
     """Begins a run in a folder, or goes on with the one that was begun there.
 
-    Nobody else can do so in the block. `finish` ends the run; until then an attempt may follow. All
-    of several processes call this; the first alone writes here.
+    Nobody else can do so in the block. `finish` ends the run, and removes the folders whose paths
+    begin as `buffers` of any attempt; until then an attempt may follow. All of several processes
+    call this; the first alone writes here.
 
     Raises:
       CheckpointError: see `check` and `check_same`; another process is at work there, or was given
@@ -163,7 +168,7 @@ def attempt(
             if not processes.first:
                 array_files.write_text(_own_file(output, processes), "")
         if processes.first:
-            _append(output, {"attempt": earlier.attempts + 1})
+            _append(output, {"attempt": earlier.attempts + 1, "buffers": buffers})
         try:
             yield earlier
         except Exception as error:
@@ -295,6 +300,14 @@ def finish_block(
             name: snapshots.take_shared(processes, state, files[name])
             for name, state in states.items()
         }
+    # By name alone where they lie here: the folder may move before the run goes on.
+    here = folder.absolute()
+    taken = {
+        name: dataclasses.replace(snapshot, file=snapshot.path.name)
+        if snapshot.path.parent == here
+        else snapshot
+        for name, snapshot in taken.items()
+    }
     block = FinishedBlock(stack, layer, record, taken, dict(seconds))
     with processes_lib.together(processes, f"finishing {stack}/layers_{layer}"):
         if processes.first:
@@ -308,7 +321,11 @@ def finish_block(
 
 
 def finish(output: pathlib.Path) -> None:
-    """Removes all this, once the checkpoint is complete and reported."""
+    """Removes all this and all attempts' buffers, once the checkpoint is complete and reported."""
+    lines = _lines(output / FOLDER / LOG)
+    for begin in {line["buffers"] for line in lines if line.get("buffers")}:
+        for folder in pathlib.Path(begin).parent.glob(f"{pathlib.Path(begin).name}*"):
+            shutil.rmtree(folder, ignore_errors=True)
     (output / FOLDER / LOG).unlink()  # what is left then is of no run
     shutil.rmtree(output / FOLDER, ignore_errors=True)  # network disks keep open files a while
 
@@ -375,7 +392,7 @@ def _read(file: pathlib.Path, store: PackedCheckpoint) -> Earlier:
                 solved = solved_group(line)
                 groups[line["stack"], line["layer"], solved.start] = solved
             elif "block" in line:
-                block = _finished_block(line["block"])
+                block = _finished_block(line["block"], file.parent.absolute())
                 # One that was walked again takes back all that came after it.
                 blocks = [*(b for b in blocks if b.place < block.place), block]
             attempts = line.get("attempt", attempts)
@@ -387,11 +404,14 @@ def _read(file: pathlib.Path, store: PackedCheckpoint) -> Earlier:
     return Earlier(store, {key: groups[key] for key in committed}, blocks, attempts)
 
 
-def _finished_block(value: dict[str, Any]) -> FinishedBlock:
+def _finished_block(value: dict[str, Any], folder: pathlib.Path) -> FinishedBlock:
     record = value["record"]
     if record is not None:
         record = LayerRecord(**{**record, "matrices": _matrices(record)})
-    snapshots = {track: Snapshot(**taken) for track, taken in value["snapshots"].items()}
+    snapshots = {
+        track: Snapshot(**{**taken, "file": str(folder / taken["file"])})
+        for track, taken in value["snapshots"].items()
+    }
     return FinishedBlock(**{**value, "record": record, "snapshots": snapshots})
 
 

@@ -135,22 +135,27 @@ def buffer_folder(parent: str | None) -> Generator[pathlib.Path | None]:
         yield pathlib.Path(folder)
 
 
+def kept_buffers(parent: str | None, output: pathlib.Path) -> str | None:
+    """How the buffer folders of the run that writes to `output` begin; None: in memory."""
+    if parent is None:
+        return None
+    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    return str(array_files.local_folder(parent).resolve() / f"qmoe_jax-{name}-")
+
+
 @contextlib.contextmanager
-def kept_buffer_folder(
-    parent: str | None, output: pathlib.Path, process: int
-) -> Generator[pathlib.Path | None]:
-    """A folder for a process's buffer files, of the run that writes to `output`; None: in memory.
+def kept_buffer_folder(kept: str | None, process: int) -> Generator[pathlib.Path | None]:
+    """A folder for a process's buffer files, by `kept_buffers`; None where that is None.
 
     It is removed when the block ends well, and else there again in the run's next attempt.
     """
-    if parent is None:
+    if kept is None:
         yield None
         return
-    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
-    folder = array_files.local_folder(parent).resolve() / f"qmoe_jax-{name}-{process}"
+    folder = pathlib.Path(f"{kept}{process}")
     folder.mkdir(parents=True, exist_ok=True)
     yield folder
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # network disks keep open files a while
 
 
 def share(state: Activations, worker: Worker) -> Activations:
