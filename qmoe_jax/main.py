@@ -85,6 +85,8 @@ def main(argv: Sequence[str]) -> int:
             array_files.write_text(pathlib.Path(arguments[folder], "config.gin"), gin.config_str())
     except KeyboardInterrupt:
         left = "the same command goes on" if mode in RESUMED else "what was written is incomplete"
+        if RUN_MODES.get(mode, ("", None))[1] is None:
+            left = "nothing was written"
         print(f"qmoe-jax: interrupted; {left}", file=sys.stderr)
         return INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:

@@ -120,8 +120,9 @@ def test_a_run_that_cannot_fit_is_refused_before_anything_is_written(
     data_dir, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(machine, "host_memory", lambda: 100_000)
-    with pytest.raises(ValueError, match=r"this does not fit\. host memory: .* BUFFER_DIR"):
-        small_run(data_dir, tmp_path / "out")
+    for dry_run in (True, False):
+        with pytest.raises(ValueError, match=r"this does not fit\. host memory: .* BUFFER_DIR"):
+            small_run(data_dir, tmp_path / "out", dry_run=dry_run)
     assert not (tmp_path / "out").exists()
 
 
@@ -157,14 +158,30 @@ def test_blocks_that_are_cut_anew_are_not_read_for_a_rate(data_dir, monkeypatch)
     assert made.seconds["reading, beside the rest"] == 0
 
 
-def test_memory_of_the_machine_is_found(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("own", "file"),
+    [
+        ("0::/\n", "memory.max"),
+        ("0::/system.slice/job_7\n", "system.slice/job_7/memory.max"),
+        ("0::/system.slice/job_7\n", "system.slice/memory.max"),
+        ("4:cpu:/x\n9:memory:/docker/a\n", "memory/memory.limit_in_bytes"),
+        ("9:cpu,memory:/slurm/job\n", "memory/slurm/memory.limit_in_bytes"),
+    ],
+)
+def test_memory_of_the_machine_is_found(own, file, monkeypatch, tmp_path):
+    """Of a container or a job, which lies deeper, the smallest limit."""
     found = machine.host_memory()
     assert found is not None and found > 10**8
-    limit = tmp_path / "memory.max"
+    (tmp_path / "own").write_text(own)
+    limit = tmp_path / "groups" / file
+    limit.parent.mkdir(parents=True)
     limit.write_text("12345\n")
-    monkeypatch.setattr(machine, "CGROUP_LIMITS", (str(limit), str(tmp_path / "none")))
+    monkeypatch.setattr(machine, "OWN_CGROUPS", str(tmp_path / "own"))
+    monkeypatch.setattr(machine, "CGROUPS", str(tmp_path / "groups"))
     assert machine.host_memory() == 12345
-    assert (machine.free_disk(str(tmp_path / "not" / "yet" / "there")) or 0) > 0
+    limit.write_text("max\n")
+    assert (machine.host_memory() or 0) > 10**8
+    assert machine.free_disk(str(tmp_path / "not" / "yet" / "there")) > 0
 
 
 def test_one_of_checkpoint_and_model(data_dir):

@@ -196,13 +196,13 @@ def compress_samples(
     identity = records.identity(report, followed, devices.batch_tokens(compute.batch_tokens))
     output = pathlib.Path(output_dir)
     console.print(reports.introduction(report), soft_wrap=True)
+    if all_processes.alone and not (output / resume.FOLDER).exists():
+        _check_room(original, samples, followed, quantizer, formats, compute, group_size, output)
     if dry_run:
         begun = resume.check_same(output, identity)
         left = "; a run that was stopped would go on" if begun else ""
         console.print(f"dry run: inputs are sound, nothing was written{left}", soft_wrap=True)
         return report
-    if all_processes.alone and not (output / resume.FOLDER).exists():
-        _check_room(original, samples, followed, quantizer, formats, compute, group_size, output)
     header = Header(original.config, formats.codec, settings, report.checkpoint)
     kept = tracks.kept_buffers(compute.buffer_dir, output)
     with (

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a machine has: detected, or as it is described."""
 
+import contextlib
 import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from qmoe_jax.runs import devices
 
-CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+CGROUPS = "/sys/fs/cgroup"
+OWN_CGROUPS = "/proc/self/cgroup"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,12 +67,28 @@ def host_memory() -> int | None:
     found = []
     if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    for name in CGROUP_LIMITS:
-        try:
-            found.append(int(pathlib.Path(name).read_text()))  # "max": none
-        except (OSError, ValueError):
-            continue
+    for file in _memory_limits():
+        with contextlib.suppress(OSError, ValueError):
+            found.append(int(file.read_text()))  # "max": none
     return min(found, default=None)
+
+
+def _memory_limits() -> Iterator[pathlib.Path]:
+    """Files that may limit this process: of its control group, and of those around it."""
+    try:
+        lines = pathlib.Path(OWN_CGROUPS).read_text().splitlines()
+    except OSError:
+        lines = ["0::/", "0:memory:/"]
+    for line in lines:
+        _, kinds, group = line.split(":", 2)
+        if kinds == "":  # version 2
+            top, name = pathlib.Path(CGROUPS), "memory.max"
+        elif "memory" in kinds.split(","):
+            top, name = pathlib.Path(CGROUPS, "memory"), "memory.limit_in_bytes"
+        else:
+            continue
+        own = pathlib.PurePosixPath(group.lstrip("/"))
+        yield from (top / part / name for part in (own, *own.parents))
 
 
 def free_disk(folder: str) -> int:
