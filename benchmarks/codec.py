@@ -20,6 +20,7 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_experts
 import rich.console
 import rich.table
 import scaling_tables
@@ -63,7 +64,7 @@ def payload_table() -> rich.table.Table:
         "zeros", "entropy", *(f"{c}: payload / entropy" for c in packing.CODECS)
     )
     for zeros in ZEROS:
-        trits = random_trits((4, 256, 4096), zeros)
+        trits = random_experts.trits((4, 256, 4096), zeros)
         found = [rate(trits, codec) for codec in packing.CODECS]
         shares = (f"{of.payload:.4f} / {of.payload / of.entropy:.3f}" for of in found)
         table.add_row(f"{zeros:.1%}", f"{found[0].entropy:.4f}", *shares)
@@ -84,7 +85,9 @@ def models_table() -> rich.table.Table:
         experts = sum(size for path, size in sizes.items() if "/mlp/expert/" in path)
         others = BFLOAT16_BYTES * (sum(sizes.values()) - experts)
         for codec in packing.CODECS:
-            found = [rate(random_trits((1, *shape), zeros), codec) for shape in shapes.values()]
+            found = [
+                rate(random_experts.trits((1, *shape), zeros), codec) for shape in shapes.values()
+            ]
             bits = statistics.mean(of.total for of in found)  # of matrices of one size
             least = statistics.mean(of.entropy for of in found)
             whole = (experts * bits / 8 + others) / 1e9
@@ -124,7 +127,7 @@ def speed_table(repeats: int = 7) -> rich.table.Table:
     """One codec after the other, again and again; medians."""
     table = rich.table.Table("experts x rows x columns", "codec", "pack, ns a weight", "unpack")
     for shape in ((16, 3072, 768), (16, 768, 3072)):
-        trits = jnp.asarray(random_trits(shape, 0.885))
+        trits = jnp.asarray(random_experts.trits(shape, 0.885))
         values = _values(shape)
         times = {codec: [] for codec in packing.CODECS}
         for _ in range(repeats + 1):
@@ -158,11 +161,6 @@ def density(entropy: float) -> float:
         else:
             high = middle
     return low
-
-
-def random_trits(shape: tuple[int, ...], zeros: float) -> np.ndarray:
-    drawn = np.random.default_rng(0).random(shape, np.float32)
-    return (drawn >= zeros).astype(np.uint8) + (drawn >= (1 + zeros) / 2)
 
 
 def _values(shape: tuple[int, ...]) -> np.ndarray:

@@ -33,11 +33,11 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import random_experts
 import rich.console
 import rich.table
 from flax.traverse_util import unflatten_dict
 
-from pallas_kernels import packed as packed_lib
 from pallas_kernels.packed import PackedExperts
 from qmoe_jax.checkpoints import packed
 from qmoe_jax.checkpoints.packed_manifest import Header
@@ -55,7 +55,6 @@ from qmoe_jax.runs import devices
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 ZEROS = {"switch_base_128": 0.857, "switch_large_128": 0.864, "switch_c_2048": 0.886}  # the paper's
 PROMPT = 64  # tokens
-DISTINCT = 4  # random experts; the others hold the same words in places of their own
 
 
 def main() -> None:
@@ -168,7 +167,9 @@ def random_model(
             records[f"{below}/entries"] = entries
             for matrix in configs.expert_matrices(config):
                 if matrix not in made:
-                    made[matrix] = random_experts(config, matrix, config.num_experts, zeros, codec)
+                    made[matrix] = random_experts.experts(
+                        matrix_shape(config, matrix, config.num_experts), zeros, codec
+                    )
                 records[f"{below}/{matrix}"] = jax.tree.map(jnp.array, made[matrix])
     experts = functools.partial(packed_experts, activations=config.mlp_activations)
     variables = {
@@ -187,21 +188,10 @@ def random_params(config: SwitchConfig, dtype: np.dtype):
             yield path, (scale * generator.standard_normal(shape, np.float32)).astype(dtype)
 
 
-def random_experts(
-    config: SwitchConfig, matrix: str, experts: int, zeros: float, codec: packing.Codec
-) -> PackedExperts:
-    """Of independent trits; on the host, of a few distinct experts over and over."""
-    shape = (config.emb_dim, config.expert_mlp_dim)
-    rows, columns = shape if matrix == "wo" else shape[::-1]
-    distinct = min(experts, DISTINCT)
-    generator = np.random.default_rng(0)
-    drawn = generator.random((distinct, rows, columns), np.float32)
-    trits = (drawn >= zeros).astype(np.uint8) + (drawn >= (1 + zeros) / 2)
-    values = np.abs(generator.standard_normal((distinct, rows, 2))) * [-1, 1] / columns**0.5
-    values = values.astype(ml_dtypes.bfloat16).astype(np.float32)
-    few = packing.pack_ternary(trits, values, codec)
-    ones = [packed_lib.expert_slice(few, expert, 1) for expert in range(distinct)]
-    return packed_lib.join([ones[expert % distinct] for expert in range(experts)])
+def matrix_shape(config: SwitchConfig, matrix: str, experts: int) -> tuple[int, int, int]:
+    """Experts, rows, columns."""
+    rows, columns = config.expert_mlp_dim, config.emb_dim
+    return (experts, columns, rows) if matrix == "wo" else (experts, rows, columns)
 
 
 def memory_table(
@@ -256,7 +246,10 @@ def write_store(
     packed.commit_params(folder, "all", dict(random_params(config, stored)))
     size = min(16, config.num_experts)
     matrices = configs.expert_matrices(config)
-    group = {matrix: random_experts(config, matrix, size, zeros, codec) for matrix in matrices}
+    group = {
+        matrix: random_experts.experts(matrix_shape(config, matrix, size), zeros, codec)
+        for matrix in matrices
+    }
     for stack in configs.STACKS:
         for layer in configs.sparse_layers(config, stack):
             for start in range(0, config.num_experts, size):

@@ -25,11 +25,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_experts
 import rich.console
 import rich.table
 
 from pallas_kernels import gptq_block, implementation, packed_matmul, sub1_decode, testing
-from pallas_kernels import packed as packed_lib
 from pallas_kernels.implementation import Implementation
 from pallas_kernels.packed import PackedExperts
 from pallas_kernels.testing import Case
@@ -38,7 +38,6 @@ from qmoe_jax.quantization import grids
 
 CACHE_BYTES = 128 << 20  # more than the second-level cache of any GPU of today
 BATCHES = [(1, 1), (8, 1), (8, 8), (64, 8), (64, 128), (512, 8), (512, 128)]  # tokens, experts
-DISTINCT = 4  # random experts; the others hold the same words in places of their own
 SMOKE = (Case("small wi", 96, 64, (1,)), Case("small wo", 64, 96, (1,)))
 
 
@@ -94,18 +93,6 @@ def copy_bandwidth(cache: int, repeats: int) -> float:
     return 2 * 4 * cache / median
 
 
-def random_packed(case: Case, codec: packing.Codec) -> PackedExperts:
-    """Experts of independent trits; on the host, of a few distinct ones over and over."""
-    distinct = min(case.experts, DISTINCT)
-    shape = (distinct, case.rows, case.columns)
-    drawn = np.random.default_rng(0).random(shape, np.float32)
-    trits = (drawn >= case.zeros).astype(np.uint8) + (drawn >= (1 + case.zeros) / 2)
-    values = np.broadcast_to(np.array([-1, 1], np.float32), (*shape[:2], 2))
-    few = packing.pack_ternary(trits, values, codec)
-    ones = [packed_lib.expert_slice(few, expert, 1) for expert in range(distinct)]
-    return packed_lib.join([ones[expert % distinct] for expert in range(case.experts)])
-
-
 def copies(packed: PackedExperts, cache: int) -> list[PackedExperts]:
     """The record, as often as it takes to be larger than the cache."""
     nbytes = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(packed))
@@ -126,8 +113,7 @@ def matmul_table(cases, codec, cache, bandwidth, repeats, kernel) -> rich.table.
                 continue  # dense weights and their copies would not fit
             sizes = np.full(experts, tokens // experts) + (np.arange(experts) < tokens % experts)
             active = int((sizes > 0).sum())
-            given = Case(case.name, case.rows, case.columns, tuple(map(int, sizes)))
-            packed = random_packed(given, codec)
+            packed = random_experts.experts((experts, case.rows, case.columns), case.zeros, codec)
             x = jnp.asarray(np.random.default_rng(0).standard_normal((tokens, case.columns)))
             x, group_sizes = x.astype(jnp.bfloat16), jnp.asarray(sizes, jnp.int32)
             arguments = [(x, p, entries, group_sizes) for p in copies(packed, cache)]
@@ -174,7 +160,7 @@ def decode_table(cases, codec, cache, bandwidth, repeats, kernel) -> rich.table.
     run = functools.partial(sub1_decode.sub1_decode, dtype=jnp.bfloat16, implementation=kernel)
     for case in cases:
         experts = 8
-        packed = random_packed(Case(case.name, case.rows, case.columns, (1,) * experts), codec)
+        packed = random_experts.experts((experts, case.rows, case.columns), case.zeros, codec)
         arguments = [(p, entries, jnp.arange(experts)) for p in copies(packed, cache)[:4]]
         median, spread = seconds(jax.jit(run), arguments, repeats)
         weights = experts * case.rows * case.columns

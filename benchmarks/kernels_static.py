@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import random_experts
 import rich.console
 import rich.table
 
@@ -126,10 +127,8 @@ def compiled(
 @functools.cache
 def sample(case: Case, codec: packing.Codec) -> PackedExperts:
     """Some rows of such an expert, packed."""
-    drawn = np.random.default_rng(0).random((1, SAMPLED_ROWS, case.columns))
-    trits = (drawn >= ZEROS).astype(np.uint8) + (drawn >= (1 + ZEROS) / 2)
-    values = np.broadcast_to(np.array([-1, 1], np.float32), (1, SAMPLED_ROWS, 2))
-    return packing.pack_ternary(trits, values, codec)
+    shape = (1, SAMPLED_ROWS, case.columns)
+    return random_experts.experts(shape, ZEROS, codec)
 
 
 def abstract(case: Case, codec: packing.Codec) -> PackedExperts:

@@ -29,7 +29,7 @@ def sub1_decode(
 
     Args:
       packed: a valid record (`validation.validate`) of one slab.
-      entries: the run-time table of its dictionary (`dictionary_words.word_entries`).
+      entries: the run-time table of its codec (`word_entries` of its words).
       experts: indices; one that is none gives zeros.
       dtype: bfloat16 or float32; the row values are exact in both.
       implementation: see `implementation.resolve`; all give the same bits.

@@ -32,7 +32,7 @@ def sub1_matmul(
     Args:
       x: float32 or bfloat16, sorted by expert; tokens of no expert come last.
       packed: a valid record (`validation.validate`) of one slab; its columns are those of `x`.
-      entries: the run-time table of its dictionary (`dictionary_words.word_entries`).
+      entries: the run-time table of its codec (`word_entries` of its words).
       group_sizes: tokens of each expert, from the first on; together at most `tokens`.
       implementation: see `implementation.resolve`; the kernels agree with "xla" up to the order
         in which float32 products are added.

@@ -118,7 +118,9 @@ def check_rows(
     begin = np.cumsum(length) - length
     begin -= begin[row_starts[row]]
     count = np.asarray(entry_count(entry), np.int64)
-    last = np.choose(np.maximum(count, 1) - 1, [entry_position(entry, f) for f in range(4)])
+    last = np.choose(
+        np.maximum(count, 1) - 1, [entry_position(entry, f) for f in range(MAX_NONZEROS)]
+    )
     end = begin + np.where(count > 0, last.astype(np.int64), 0)
     if (wrong := row[end >= columns]).size:
         raise ValueError(f"row {wrong[0]}: a word reaches past its {columns} columns")

@@ -32,7 +32,7 @@ def validate(packed: PackedExperts, entries: UInt32[np.ndarray, " entries"]) -> 
 
     Args:
       packed: the record; `codes` may be a memory map.
-      entries: the run-time table of its codec (`codec.ternary.entries`).
+      entries: the run-time table of its codec (`codec.packing.entries`).
 
     Raises:
       ValueError: naming the first expert (and row) at fault.

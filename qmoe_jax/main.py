@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -45,6 +46,7 @@ RUN_MODES: dict[str, tuple[Callable[..., Any], str | None]] = {
 }
 RESUMED = {"compress", "infer", "train"}  # go on from what is finished
 INTERRUPTED = 130
+OTHERS_LEAVE = 2.0  # seconds in which processes that were told of an error end
 SMALLER = (
     "lower EXPERTS_PER_GROUP if it was solving experts, BATCH_SIZE if it was training, else "
     "BATCH_TOKENS"
@@ -59,9 +61,11 @@ def run() -> None:
     code = main(sys.argv)
     if code == INTERRUPTED or (code and jax.process_count() > 1):
         # JAX's threads may still be at work, and crash in a regular exit; other processes are not
-        # to be waited for.
+        # to be waited for, but the first one holds the service that they would miss.
         sys.stdout.flush()
         sys.stderr.flush()
+        if jax.process_count() > 1 and jax.process_index() == 0:
+            time.sleep(OTHERS_LEAVE)
         os._exit(code)
     sys.exit(code)
 

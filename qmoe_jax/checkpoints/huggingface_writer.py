@@ -21,7 +21,7 @@ from qmoe_jax.checkpoints import array_files, huggingface, safetensors, source
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.source import Source
 from qmoe_jax.models import config as configs
-from qmoe_jax.models.config import STACKS, Shape, Stack, SwitchConfig
+from qmoe_jax.models.config import STACKS, Shape, SwitchConfig
 
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 _NO_DROPS = 1 << 20  # tokens an expert takes of one sequence: more than any sequence has
@@ -177,7 +177,9 @@ def _planned(config: SwitchConfig) -> Iterator[tuple[str, Shape]]:
     for path in itertools.chain(*source.dense_reads(config)):
         for name in _hf_names(path):
             yield name, shapes[path][::-1] if huggingface.is_transposed(path) else shapes[path]
-    for (stack, layer), expert in itertools.product(_sparse(config), range(config.num_experts)):
+    for (stack, layer), expert in itertools.product(
+        configs.sparse_places(config), range(config.num_experts)
+    ):
         for matrix in configs.expert_matrices(config):
             path = f"{stack}/layers_{layer}/mlp/expert/{matrix}/kernel"
             yield huggingface.hf_name(path).format(expert), shapes[path][:0:-1]
@@ -200,10 +202,6 @@ def _hf_names(path: str) -> tuple[str, ...]:
     """The embedding is written three times: some versions of transformers do not share it."""
     name = huggingface.hf_name(path)
     return huggingface.EMBEDDINGS if name == huggingface.EMBEDDINGS[0] else (name,)
-
-
-def _sparse(config: SwitchConfig) -> list[tuple[Stack, int]]:
-    return [(stack, layer) for stack in STACKS for layer in configs.sparse_layers(config, stack)]
 
 
 def _write_json(path: pathlib.Path, value: dict[str, Any]) -> None:

@@ -182,8 +182,7 @@ def _unread(store: PackedCheckpoint) -> dict[str, _Unread]:
 
     places: dict[str, tuple[Stack, int]] = {
         f"{stack}/layers_{layer}/mlp/expert/": (stack, layer)
-        for stack in configs.STACKS
-        for layer in configs.sparse_layers(store.header.config, stack)
+        for stack, layer in configs.sparse_places(store.header.config)
     }
     found = {}
     for path in orbax_pack.leaves(store):

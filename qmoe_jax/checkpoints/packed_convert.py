@@ -12,7 +12,6 @@ from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
 from qmoe_jax.codec import packing
 from qmoe_jax.models import config as configs
-from qmoe_jax.models.config import Stack
 
 _WEIGHTS = 1 << 27  # that are unpacked at a time, at about 6 bytes each
 
@@ -59,10 +58,7 @@ def convert(
         packed.commit_params(output_dir, short, arrays)
         committed(short, False)
     config = store.header.config
-    places: list[tuple[Stack, int]] = [
-        (stack, layer) for stack in configs.STACKS for layer in configs.sparse_layers(config, stack)
-    ]
-    for stack, layer in places:
+    for stack, layer in configs.sparse_places(config):
         groups = store.groups[stack, layer]
         where = f"{stack} block {layer + 1}, {config.num_experts} experts"
         for group in groups:

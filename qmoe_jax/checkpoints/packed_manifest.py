@@ -248,7 +248,7 @@ def _check_groups(
 ) -> None:
     """Every expert is there once, with all its arrays, and no other."""
     config = header.config
-    places = [(s, layer) for s in configs.STACKS for layer in configs.sparse_layers(config, s)]
+    places = configs.sparse_places(config)
     if unknown := groups.keys() - set(places):
         raise ValueError(f"{'/layers_'.join(map(str, min(unknown)))} is not a sparse layer")
     for stack, layer in places:

@@ -53,8 +53,7 @@ class PublishedCheckpoint:
     @property
     def layers(self) -> tuple[tuple[Stack, int], ...]:
         """The sparse layers, in the order of their files."""
-        stacks = configs.STACKS
-        return tuple((s, layer) for s in stacks for layer in configs.sparse_layers(self.config, s))
+        return configs.sparse_places(self.config)
 
 
 def is_published(folder: pathlib.Path) -> bool:

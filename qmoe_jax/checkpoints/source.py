@@ -110,7 +110,7 @@ def _t5x_source(
             yield dataclasses.replace(group, arrays=arrays)
 
     def scratch_bytes() -> int:
-        layers = [(s, layer) for s in configs.STACKS for layer in configs.sparse_layers(config, s)]
+        layers = configs.sparse_places(config)
         stack, layer = layers[0]
         prefix = f"{stack}/layers_{layer}/mlp/expert"
         names = [f"{prefix}/{name}/kernel" for name in configs.expert_matrices(config)]

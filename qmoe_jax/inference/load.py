@@ -26,7 +26,6 @@ from qmoe_jax.inference import sharding
 from qmoe_jax.inference.model import Model
 from qmoe_jax.inference.packed_experts import COLLECTION, packed_experts
 from qmoe_jax.models import config as configs
-from qmoe_jax.models.config import STACKS, Stack
 from qmoe_jax.models.switch import Switch
 
 
@@ -90,10 +89,7 @@ def _load_packed(
     entries = put(packing.entries(codec)) if codec in packing.CODECS else None
     for name in checkpoint.params:
         params |= _cast_once(put(packed.read_params(checkpoint, [name])), dtype)
-    places: list[tuple[Stack, int]] = [
-        (stack, layer) for stack in STACKS for layer in configs.sparse_layers(config, stack)
-    ]
-    for stack, layer in places:
+    for stack, layer in configs.sparse_places(config):
         below = f"{stack}/layers_{layer}/mlp/expert"
         if mesh is None:
             matrices = put(packed.load_layer(checkpoint, stack, layer))

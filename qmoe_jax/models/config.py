@@ -68,6 +68,11 @@ def sparse_layers(config: SwitchConfig, stack: Stack) -> tuple[int, ...]:
     return config.encoder_sparse_layers if stack == "encoder" else config.decoder_sparse_layers
 
 
+def sparse_places(config: SwitchConfig) -> tuple[tuple[Stack, int], ...]:
+    """Stack and index of all sparse layers, in the order in which the model applies them."""
+    return tuple((stack, layer) for stack in STACKS for layer in sparse_layers(config, stack))
+
+
 def num_layers(config: SwitchConfig, stack: Stack) -> int:
     """Number of layers of `stack`, dense and sparse."""
     return config.num_encoder_layers if stack == "encoder" else config.num_decoder_layers

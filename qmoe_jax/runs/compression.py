@@ -15,7 +15,7 @@ from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.runs.groups import Formats
 from qmoe_jax.runs.processes import Processes
 from qmoe_jax.runs.progress import Progress
-from qmoe_jax.runs.resume import Earlier
+from qmoe_jax.runs.run_log import Earlier
 from qmoe_jax.runs.tracks import Track, Version
 
 VersionParams: TypeAlias = Mapping[Version, Params]

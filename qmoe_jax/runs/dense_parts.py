@@ -16,7 +16,7 @@ from qmoe_jax.models.block import Block
 from qmoe_jax.models.config import Stack
 from qmoe_jax.runs import processes, progress, tracks, travel, work, workers
 from qmoe_jax.runs.compression import Run, VersionParams
-from qmoe_jax.runs.resume import FinishedBlock
+from qmoe_jax.runs.run_log import FinishedBlock
 from qmoe_jax.runs.tracks import CALIBRATION, Track, Version
 from qmoe_jax.runs.workers import Worker
 

@@ -2,6 +2,7 @@
 """Writes a checkpoint in the form that other programs read."""
 
 import dataclasses
+import functools
 import math
 import pathlib
 import shutil
@@ -144,12 +145,7 @@ def _convert(
         console.print(_DRY)
         return
     with progress.showing(float(files), console) as bar:
-
-        def committed(where: str, layer_done: bool) -> None:
-            progress.advance(bar, 1.0, where, 0, 0.0)
-            if layer_done:
-                progress.line(bar, where)
-
+        committed = functools.partial(progress.committed, bar)
         packed_convert.convert(store, output, codec, committed=committed)
     vocabulary.copy(store.path, output)
     _print_result(output, console)

@@ -80,12 +80,7 @@ def import_pack(
         console.print("dry run: inputs are sound, nothing was written")
         return
     with progress.showing(float(commits), console) as bar:
-
-        def committed(where: str, layer_done: bool) -> None:
-            progress.advance(bar, 1.0, where, 0, 0.0)
-            if layer_done:
-                progress.line(bar, where)
-
+        committed = functools.partial(progress.committed, bar)
         store = write(committed=committed)
     vocabulary.copy(folder, output)
     console.print(f"{output}: {store.nbytes:,} bytes", soft_wrap=True)

@@ -30,6 +30,7 @@ from qmoe_jax.runs import (
     processes,
     progress,
     resume,
+    run_log,
     tracks,
     travel,
     work,
@@ -124,9 +125,9 @@ def compress_experts(
     if not run.processes.alone:
         for track in layer.followed:
             travel.home(visits[track.name], at_home[track.name])
-        records = [resume.group_record(block.stack, number, group) for group in solved]
+        records = [run_log.group_record(block.stack, number, group) for group in solved]
         parts = processes.gather(run.processes, records)
-        solved = [resume.solved_group(record) for part in parts for record in part]
+        solved = [run_log.solved_group(record) for part in parts for record in part]
     solved.sort(key=lambda group: group.start)
     return groups.layer_record(block.stack, number, solved, time.perf_counter() - begun)
 

@@ -59,6 +59,13 @@ def skip(progress: Progress, work: float) -> None:
     progress.bar.update(progress.task, total=total - work)
 
 
+def committed(progress: Progress, where: str, layer_done: bool) -> None:
+    """One more of the commits that a bar counts; a line where it completes a layer."""
+    advance(progress, 1.0, where, 0, 0.0)
+    if layer_done:
+        line(progress, where)
+
+
 def line(progress: Progress, text: str) -> None:
     """A finished block, where no bar can be drawn."""
     if not _draws(progress.console):

@@ -29,14 +29,14 @@ import jax
 from qmoe_jax.calibration.walk import Activations
 from qmoe_jax.checkpoints import array_files, packed, packed_manifest
 from qmoe_jax.checkpoints.errors import CheckpointError
-from qmoe_jax.checkpoints.packed_manifest import Header, PackedCheckpoint
-from qmoe_jax.models.config import STACKS, Stack
-from qmoe_jax.report import LayerRecord, MatrixRecord
+from qmoe_jax.checkpoints.packed_manifest import Header
+from qmoe_jax.models.config import Stack
+from qmoe_jax.report import LayerRecord
 from qmoe_jax.runs import processes as processes_lib
-from qmoe_jax.runs import snapshots
+from qmoe_jax.runs import run_log, snapshots
 from qmoe_jax.runs.groups import SolvedGroup
 from qmoe_jax.runs.processes import Processes
-from qmoe_jax.runs.snapshots import Snapshot
+from qmoe_jax.runs.run_log import Earlier, FinishedBlock
 
 FOLDER = "unfinished"
 LOG = "run.jsonl"
@@ -45,46 +45,6 @@ LOCK = "lock"
 _OWN = "process-*.jsonl"
 # What may be there before a run's store is: also a journal that was being written.
 _BESIDE = (FOLDER, f"{packed.JOURNAL}.tmp")
-
-
-@dataclasses.dataclass(frozen=True)
-class FinishedBlock:
-    """A block whose experts and parameters are committed, and what comes out of it."""
-
-    stack: Stack
-    layer: int
-    record: LayerRecord | None  # of a sparse block
-    snapshots: dict[str, Snapshot]  # by track: the next block's input
-    seconds: dict[str, float]  # by phase, of the run so far
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """In the order of the walk."""
-        return STACKS.index(self.stack), self.layer
-
-
-@dataclasses.dataclass(frozen=True)
-class Earlier:
-    """What earlier attempts left; of a new run, nothing but the store's header."""
-
-    store: PackedCheckpoint  # what is committed
-    groups: dict[tuple[str, int, int], SolvedGroup]  # (stack, layer, first expert)
-    blocks: list[FinishedBlock]  # in order
-    attempts: int
-
-    @property
-    def seconds(self) -> dict[str, float]:
-        """Of the attempts before, up to the newest block."""
-        return dict(self.blocks[-1].seconds) if self.blocks else {}
-
-    def newest(self, stack: Stack) -> FinishedBlock | None:
-        """The last finished block of a stack."""
-        return next((block for block in reversed(self.blocks) if block.stack == stack), None)
-
-    @property
-    def layers(self) -> list[LayerRecord]:
-        """Of the finished sparse blocks."""
-        return [block.record for block in self.blocks if block.record is not None]
 
 
 def tidy(output: pathlib.Path) -> None:
@@ -127,7 +87,7 @@ def check_same(output: pathlib.Path, identity: Mapping[str, Any]) -> bool:
     file = output / FOLDER / LOG
     if not file.exists():
         return False
-    was = _lines(file)[0]["run"]
+    was = run_log.lines(file)[0]["run"]
     now = json.loads(json.dumps(identity))
     changed = [f"{k} was {was.get(k)!r}, is {v!r}" for k, v in now.items() if was.get(k) != v]
     if changed:
@@ -164,7 +124,7 @@ def attempt(
                 held.enter_context(_opened(output, header, identity))
         with processes_lib.together(processes, f"opening {output}"):
             store = packed.reopen(output, clean=False)
-            earlier = _read(file, store)
+            earlier = run_log.read(file, store)
             if not processes.first:
                 array_files.write_text(_own_file(output, processes), "")
         if processes.first:
@@ -223,25 +183,13 @@ def commit_group(
     """
     group = packed.write_experts(output, stack, layer, solved.start, solved.packed)
     line = packed_manifest.experts_line(stack, layer, group)
-    record = group_record(stack, layer, solved)
+    record = run_log.group_record(stack, layer, solved)
     if processes.first:
         _append(output, record)
         packed.commit_line(output, line)
     else:  # one writes to a file
         both = json.dumps({"record": record, "line": line})
         array_files.append_line(_own_file(output, processes), both)
-
-
-def group_record(stack: Stack, layer: int, solved: SolvedGroup) -> dict[str, Any]:
-    """What is kept of a group beside its weights, as JSON values."""
-    record = dataclasses.asdict(dataclasses.replace(solved, packed={}))
-    return {"stack": stack, "layer": layer, "group": record}
-
-
-def solved_group(record: dict[str, Any]) -> SolvedGroup:
-    """The inverse of `group_record`."""
-    value = record["group"]
-    return SolvedGroup(**{**value, "matrices": _matrices(value)})
 
 
 def _own_file(output: pathlib.Path, processes: Processes) -> pathlib.Path:
@@ -262,7 +210,7 @@ def _take_over(output: pathlib.Path) -> None:
             lines = [json.loads(text) for text in file.read_text().splitlines()]
             found = {both["line"]: both["record"] for both in lines}
         except (OSError, ValueError, LookupError, TypeError) as error:
-            raise _damaged(file, error) from error
+            raise run_log.damaged(file, error) from error
         for line, record in found.items():
             if line not in known:
                 known.add(line)
@@ -322,7 +270,7 @@ def finish_block(
 
 def finish(output: pathlib.Path) -> None:
     """Removes all this and all attempts' buffers, once the checkpoint is complete and reported."""
-    lines = _lines(output / FOLDER / LOG)
+    lines = run_log.lines(output / FOLDER / LOG)
     for begin in {line["buffers"] for line in lines if line.get("buffers")}:
         for folder in pathlib.Path(begin).parent.glob(f"{pathlib.Path(begin).name}*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -364,56 +312,3 @@ def _locked(output: pathlib.Path) -> Iterator[None]:
 
 def _append(output: pathlib.Path, line: dict[str, Any]) -> None:
     array_files.append_line(output / FOLDER / LOG, json.dumps(line))
-
-
-def _lines(file: pathlib.Path) -> list[dict[str, Any]]:
-    try:
-        whole, _, _ = file.read_bytes().rpartition(b"\n")
-        found = [json.loads(line) for line in whole.splitlines()]
-        if not isinstance(found[0]["run"], dict):
-            raise ValueError("its first line is not what it should be")
-        return found
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise _damaged(file, error) from error
-
-
-def _damaged(file: pathlib.Path, error: Exception) -> CheckpointError:
-    return CheckpointError(
-        f"{file} is damaged ({error}): this compression cannot go on; remove {file.parents[1]} and "
-        "start it again"
-    )
-
-
-def _read(file: pathlib.Path, store: PackedCheckpoint) -> Earlier:
-    groups, blocks, attempts = {}, [], 0
-    try:
-        for line in _lines(file):
-            if "group" in line:
-                solved = solved_group(line)
-                groups[line["stack"], line["layer"], solved.start] = solved
-            elif "block" in line:
-                block = _finished_block(line["block"], file.parent.absolute())
-                # One that was walked again takes back all that came after it.
-                blocks = [*(b for b in blocks if b.place < block.place), block]
-            attempts = line.get("attempt", attempts)
-        committed = {(*place, group.start) for place, of in store.groups.items() for group in of}
-        if missing := committed - groups.keys():
-            raise ValueError(f"no record of {min(missing)}")
-    except (ValueError, LookupError, TypeError) as error:
-        raise _damaged(file, error) from error
-    return Earlier(store, {key: groups[key] for key in committed}, blocks, attempts)
-
-
-def _finished_block(value: dict[str, Any], folder: pathlib.Path) -> FinishedBlock:
-    record = value["record"]
-    if record is not None:
-        record = LayerRecord(**{**record, "matrices": _matrices(record)})
-    snapshots = {
-        track: Snapshot(**{**taken, "file": str(folder / taken["file"])})
-        for track, taken in value["snapshots"].items()
-    }
-    return FinishedBlock(**{**value, "record": record, "snapshots": snapshots})
-
-
-def _matrices(value: dict[str, Any]) -> dict[str, MatrixRecord]:
-    return {name: MatrixRecord(**matrix) for name, matrix in value["matrices"].items()}
