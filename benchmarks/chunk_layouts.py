@@ -148,7 +148,7 @@ def measure(path: str, way: str) -> dict[str, float]:
             ):
                 pass
     seconds = time.perf_counter() - begun
-    scarce = t5x_experts.scratch_bytes(checkpoint, [NAME], SCARCE)
+    scarce = t5x_experts.chunk_room(checkpoint, [NAME], SCARCE).scratch
     needed = 4 * experts * math.prod(shape[1:])
     return {
         "decompressed": (chunk_reads() - before) * 4 * math.prod(chunks) / needed,

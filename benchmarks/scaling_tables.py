@@ -120,7 +120,6 @@ def settings(config: SwitchConfig, number: int, memory: float) -> How:
         group_size=devices.experts_per_group(config, None, number, usable),
         batch_tokens=devices.BATCH_TOKENS,
         num_devices=number,
-        read_budget=4 << 30,
         mapped=False,
     )
 

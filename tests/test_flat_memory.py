@@ -96,11 +96,11 @@ def test_all_experts_in_every_chunk(tmp_path):
     many = write_model(tmp_path / "many", MANY, MANY)
     opened = t5x.open_checkpoint(many)
     layer = MANY * 2 * WIDTH * WIDTH * 4
-    assert t5x_experts.scratch_bytes(opened, EXPERTS, SMALL) == layer
+    assert t5x_experts.chunk_room(opened, EXPERTS, SMALL).scratch == layer
     peak = peak_of(few, "rtn", SMALL)
     assert peak_of(many, "rtn", SMALL) - peak < ADDED / 4
     # What is held shows: with room for them, all experts of a matrix are kept in memory.
-    assert t5x_experts.scratch_bytes(opened, EXPERTS, PLENTY) == 0
+    assert t5x_experts.chunk_room(opened, EXPERTS, PLENTY).scratch == 0
     assert peak_of(many, "rtn", PLENTY) - peak > ADDED / 2
 
 

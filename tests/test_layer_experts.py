@@ -69,6 +69,28 @@ def test_groups_are_halved_until_they_fit(data_dir, tmp_path, monkeypatch):
     assert sum(sizes) == 8
 
 
+def test_groups_are_packed_in_parts_that_fit(data_dir, tmp_path, monkeypatch):
+    whole, pack, out = run(data_dir, tmp_path / "whole"), groups.pack, io.StringIO()
+
+    def limited(quantizer, formats, group, *rest):
+        if group.stop - group.start > 3:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return pack(quantizer, formats, group, *rest)
+
+    monkeypatch.setattr(groups, "pack", limited)
+    compute = compress.Compute(experts_per_group=7)  # 7 -> 4 + 3, 4 -> 2 + 2, and 1 is left
+    console = rich.console.Console(file=out)
+    report = run(data_dir, tmp_path / "parts", compute=compute, console=console)
+    assert "expert 0: the device is out of memory: packed in two parts" in out.getvalue()
+    assert report.machine["halved_groups"] == []
+    assert report.losses == whole.losses
+    for one, other in zip(whole.layers, report.layers, strict=True):
+        assert one.matrices == other.matrices
+        assert one.tokens == other.tokens
+    store = packed.open_checkpoint(tmp_path / "parts")
+    assert [group.start for group in store.groups["encoder", 1]] == [0, 2, 4, 7]
+
+
 def test_one_expert_that_does_not_fit_is_an_error(data_dir, tmp_path, monkeypatch):
     out_of_memory(0, monkeypatch)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):

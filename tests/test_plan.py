@@ -13,8 +13,9 @@ import rich.console
 from qmoe_jax import main
 from qmoe_jax.calibration import buffers
 from qmoe_jax.calibration.text import Text
+from qmoe_jax.checkpoints import source
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
-from qmoe_jax.runs import compress, machine, needs, plan, rehearsal
+from qmoe_jax.runs import compress, devices, machine, needs, plan, rehearsal
 from qmoe_jax.runs.machine import Machine
 from qmoe_jax.runs.plan import Described
 
@@ -136,6 +137,48 @@ def test_measured_time_is_of_all_phases(data_dir, monkeypatch):
     assert made.seconds["all"] >= made.seconds["solve"]
     assert made.seconds["reading, beside the rest"] > 0
     assert "the run" in printed
+
+
+@pytest.mark.parametrize("memory", [2.0e9, 3.0e9])
+def test_settings_are_chosen_that_fit(memory):
+    """JAX's three quarters hold neither the default batch nor, of the smaller, the group."""
+    described = dataclasses.replace(A100, device_memory=int(memory))
+    made, printed = quietly(model=released("switch_base_8"), described=described, **QUIET)
+    assert made.lacking == []
+    assert 512 <= made.how.batch_tokens < devices.BATCH_TOKENS
+    assert re.search(rf"BATCH_TOKENS +│ {made.how.batch_tokens:,}", printed)
+    given = QUIET | {
+        "compute": compress.Compute(activation_dtype="bfloat16", batch_tokens=devices.BATCH_TOKENS)
+    }
+    made, printed = quietly(model=released("switch_base_8"), described=described, **given)
+    assert printed.startswith("IT DOES NOT FIT")
+    assert any("lower BATCH_TOKENS" in line for line in made.lacking)
+
+
+def test_reading_is_measured_by_whole_chunks(data_dir):
+    """The first of one expert would take as long as all that its chunks hold."""
+    opened = source.open_source(data_dir / "t5x/tiny_switch_base/legacy")
+    sizes = []
+
+    def expert_groups(stack, layer, group_size, start=0):
+        sizes.append(group_size)
+        return opened.expert_groups(stack, layer, group_size, start)
+
+    watched = dataclasses.replace(opened, expert_groups=expert_groups)
+    assert rehearsal.read_rate(watched)
+    assert sizes == [opened.chunk_room().experts]
+
+
+def test_a_rehearsal_that_fails_is_told(monkeypatch, data_dir):
+    def fail(*arguments, **options):
+        raise ValueError("this does not fit")
+
+    monkeypatch.setattr(rehearsal, "rehearse", fail)
+    path = str(data_dir / "t5x/tiny_switch_base/legacy")
+    made, printed = quietly(path, num_samples=64, inputs_length=64)
+    assert made.seconds == {}
+    assert "could not be run: this does not fit" in printed
+    assert "Memory and disk" in printed
 
 
 def test_folders_that_are_not_there_yet_are_not_made(data_dir, tmp_path):

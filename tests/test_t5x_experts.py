@@ -90,9 +90,9 @@ def test_every_layout_and_group_size(layout, budget, group_size, start, tmp_path
 def test_scratch_is_used_only_where_the_budget_is_too_small(tmp_path):
     checkpoint, _ = open_layout(tmp_path, "not alike")  # wi one expert a chunk, wo four
     block = 4 * 8 * 12 * 4
-    assert t5x_experts.scratch_bytes(checkpoint, [WI, WO], block) == 0
-    assert t5x_experts.scratch_bytes(checkpoint, [WI, WO], block - 1) == block
-    assert t5x_experts.scratch_bytes(checkpoint, [WI], 0) == 0
+    assert t5x_experts.chunk_room(checkpoint, [WI, WO], block).scratch == 0
+    assert t5x_experts.chunk_room(checkpoint, [WI, WO], block - 1).scratch == block
+    assert t5x_experts.chunk_room(checkpoint, [WI], 0).scratch == 0
     assert list(t5x_experts.expert_groups(checkpoint, [WI], 3, memory_budget=0, scratch_dir=None))
 
 
@@ -101,7 +101,18 @@ def test_smaller_blocks_stay_in_memory_first(tmp_path):
     write_checkpoint(tmp_path, stacks(np.float32), {WI: (2, 12, 8), WO: (8, 8, 12)})
     checkpoint = t5x.open_checkpoint(tmp_path)
     for budget, scratch in [(wi + wo, 0), (wi + wo - 1, wo), (wi, wo), (wi - 1, wi + wo)]:
-        assert t5x_experts.scratch_bytes(checkpoint, [WO, WI], budget) == scratch
+        assert t5x_experts.chunk_room(checkpoint, [WO, WI], budget).scratch == scratch
+
+
+def test_blocks_in_memory_are_counted(tmp_path):
+    checkpoint, _ = open_layout(tmp_path, "all experts in every chunk")
+    block = 8 * 8 * 12 * 4
+    rooms = [t5x_experts.chunk_room(checkpoint, [WI, WO], size) for size in (2 * block, block)]
+    assert [room.scratch for room in rooms] == [0, block]
+    assert [room.memory for room in rooms] == [4 * block, 2 * block]  # kept, and being read
+    assert [room.experts for room in rooms] == [8, 8]
+    alone, _ = open_layout(tmp_path / "alone", "one expert a chunk")
+    assert t5x_experts.chunk_room(alone, [WI, WO], block) == t5x_experts.ChunkRoom()
 
 
 def test_missing_scratch_says_how_much(tmp_path):

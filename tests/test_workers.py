@@ -118,6 +118,27 @@ def test_one_that_fails_stops_the_others(devices):
     assert sorted(ended) == [0, 1, 2, 3, 4, 6, 7]
 
 
+def test_an_interrupt_ends_loops_over_shares(devices, monkeypatch):
+    """Ctrl-C comes in the main thread, while the others are at work."""
+    begun, done = threading.Barrier(DEVICES + 1), []
+
+    def interrupted(*arguments, **options):
+        begun.wait()
+        raise KeyboardInterrupt
+
+    def work(worker):
+        for place, item in enumerate(worker.share(range(DEVICES * 1000))):
+            if place == 0:
+                begun.wait()
+                assert worker.stopped.wait(60)
+            done.append(item)
+
+    monkeypatch.setattr(workers, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        workers.on_each(devices, work)
+    assert sorted(done) == list(range(DEVICES))
+
+
 def test_shares_are_all_of_it(devices):
     shares = workers.on_each(devices, lambda worker: worker.share(range(19)))
     assert sorted(item for share in shares for item in share) == list(range(19))

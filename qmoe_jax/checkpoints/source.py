@@ -17,7 +17,7 @@ from pallas_kernels.packed import PackedExperts, UniformExperts
 from qmoe_jax.checkpoints import formats, huggingface, packed, t5x, t5x_experts
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.checkpoints.packed_manifest import PackedCheckpoint
-from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
+from qmoe_jax.checkpoints.t5x_experts import ChunkRoom, ExpertGroup
 from qmoe_jax.codec import packing, uniform
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import Stack, SwitchConfig
@@ -52,8 +52,8 @@ class Source:
     nbytes: int  # of all parameters as stored
     read: Callable[[Sequence[str]], Mapping[str, Shaped[np.ndarray, "..."]]]
     expert_groups: ExpertGroups
-    # Of disk, for the chunks of one layer that `expert_groups` keeps there.
-    scratch_bytes: Callable[[], int] = lambda: 0
+    # For the chunks of one layer, beside what `expert_groups` hands out.
+    chunk_room: Callable[[], ChunkRoom] = ChunkRoom
 
 
 def open_source(
@@ -109,12 +109,12 @@ def _t5x_source(
             arrays = {names[path]: array for path, array in group.arrays.items()}
             yield dataclasses.replace(group, arrays=arrays)
 
-    def scratch_bytes() -> int:
+    def chunk_room() -> ChunkRoom:
         layers = configs.sparse_places(config)
         stack, layer = layers[0]
         prefix = f"{stack}/layers_{layer}/mlp/expert"
         names = [f"{prefix}/{name}/kernel" for name in configs.expert_matrices(config)]
-        return t5x_experts.scratch_bytes(checkpoint, names, memory_budget)
+        return t5x_experts.chunk_room(checkpoint, names, memory_budget)
 
     return Source(
         path=checkpoint.path,
@@ -124,7 +124,7 @@ def _t5x_source(
         nbytes=t5x.nbytes(checkpoint),
         read=functools.partial(t5x.read_many, checkpoint),
         expert_groups=expert_groups,
-        scratch_bytes=scratch_bytes,
+        chunk_room=chunk_room,
     )
 
 

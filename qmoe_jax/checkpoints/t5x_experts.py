@@ -77,14 +77,31 @@ class _Kept:
     scratch: _Scratch | None = None  # holds the values instead
 
 
-def scratch_bytes(checkpoint: t5x.T5xCheckpoint, names: Sequence[str], memory_budget: int) -> int:
-    """Bytes of scratch disk that `expert_groups` needs; reads metadata only.
+@dataclasses.dataclass(frozen=True)
+class ChunkRoom:
+    """What `expert_groups` takes beside the groups it hands out, where chunks span experts."""
+
+    memory: int = 0  # bytes: blocks kept, and chunks being read
+    scratch: int = 0  # bytes of disk
+    experts: int = 1  # of the largest block
+
+
+def chunk_room(
+    checkpoint: t5x.T5xCheckpoint, names: Sequence[str], memory_budget: int
+) -> ChunkRoom:
+    """Of one layer; reads metadata only.
 
     Raises:
       CheckpointError: see `expert_groups`.
     """
     stacks = _open_stacks(checkpoint, names)
-    return sum(stacks[name].block_bytes for name in _spilled(stacks, memory_budget))
+    spilled = sum(stacks[name].block_bytes for name in _spilled(stacks, memory_budget))
+    blocks = sum(stack.block_bytes for stack in stacks.values())
+    return ChunkRoom(
+        memory=blocks - spilled + min(blocks, memory_budget, _IN_FLIGHT),
+        scratch=spilled,
+        experts=max(stack.chunks[0] for stack in stacks.values()),
+    )
 
 
 def expert_groups(
@@ -105,7 +122,7 @@ def expert_groups(
       memory_budget: bytes that kept blocks may take, beside the group that is handed out. Each name
         keeps at most one block: the experts that one of its chunks spans. Chunks being read take
         as much again at most, and no more than 1 GiB or one chunk.
-      scratch_dir: where blocks go that the budget has no room for (see `scratch_bytes`); freed when
+      scratch_dir: where blocks go that the budget has no room for (see `chunk_room`); freed when
         the iterator is exhausted or closed, also by the end of the process.
       start: the first expert; blocks wholly before it are not read.
 

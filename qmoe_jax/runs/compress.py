@@ -258,12 +258,11 @@ def _check_room(
         group_size=group_size,
         batch_tokens=devices.batch_tokens(compute.batch_tokens),
         num_devices=1,
-        read_budget=compute.read_budget,
         mapped=compute.buffer_dir is not None,
     )
     versions = sum(track.name != CALIBRATION for track in followed)
     work_wanted = needs.Work(tokens["calibration"], tokens["validation"], versions)
-    needed = needs.needs(original.config, work_wanted, how, original.scratch_bytes())
+    needed = needs.needs(original.config, work_wanted, how, original.chunk_room())
     found = machine.detect(None, str(output), compute.buffer_dir, compute.scratch_dir)
     if lacking := needs.lacking(needed, found, certain=True):
         raise ValueError(f"this does not fit. {'; '.join(lacking)} (--run_mode=plan tells more)")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qmoe_jax.calibration import experts, pipeline
@@ -146,7 +147,8 @@ def _work(
 
     with pipeline.write_behind(depth=1) as write, pipeline.read_ahead(sent()) as ahead:
         at = _Place(run, layer, worker, write)
-        solved: list[SolvedGroup | Future[SolvedGroup]] = []
+        solved: list[SolvedGroup] = []
+        packing: list[Future[list[SolvedGroup]]] = []
         while not worker.stopped.is_set():
             read = _timed_next(ahead, run.shown, WAITING)
             if read is None:
@@ -159,10 +161,10 @@ def _work(
                 del part, own, stored
             else:
                 for part in _parts(read.group, _group_size(run)):
-                    solved += _compress_group(at, part)
+                    packing += _compress_group(at, part)
                 del part
             del read
-    return [group.result() if isinstance(group, Future) else group for group in solved]
+    return solved + [group for packed_ones in packing for group in packed_ones.result()]
 
 
 def _read(run: Run, layer: _Layer) -> Generator[_Read]:
@@ -246,7 +248,7 @@ def _apply_committed(
     return [] if record is None else [record]
 
 
-def _compress_group(at: _Place, group: ExpertGroup) -> list[Future[SolvedGroup]]:
+def _compress_group(at: _Place, group: ExpertGroup) -> list[Future[list[SolvedGroup]]]:
     """A function of its own, so that no group is on the device when the next one comes."""
     started = time.perf_counter()
     found = _solve(at, group)
@@ -273,12 +275,16 @@ def _solve(at: _Place, group: ExpertGroup) -> tuple[dict[str, Quantized], Kernel
             at.run.shown,
         )
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) or group.stop - group.start == 1:
+        if not _can_be_halved(group, error):
             raise
         return None
 
 
-def _compress_halves(at: _Place, group: ExpertGroup) -> list[Future[SolvedGroup]]:
+def _can_be_halved(group: ExpertGroup, error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) and group.stop - group.start > 1
+
+
+def _compress_halves(at: _Place, group: ExpertGroup) -> list[Future[list[SolvedGroup]]]:
     """Reads a group again, whose arrays are gone, and solves it in two parts: the same bits."""
     run, layer = at.run, at.layer
     run.halved.append(-(-(group.stop - group.start) // 2))
@@ -294,13 +300,38 @@ def _compress_halves(at: _Place, group: ExpertGroup) -> list[Future[SolvedGroup]
     return packing
 
 
-def _pack(at: _Place, group: ExpertGroup, quantized: Mapping[str, Quantized]) -> SolvedGroup:
+def _pack(at: _Place, group: ExpertGroup, quantized: dict[str, Quantized]) -> list[SolvedGroup]:
+    """Packs and commits a group, in two parts where the device has too little room."""
     run, stack, number = at.run, at.layer.block.stack, at.layer.number
     with progress.timed(run.shown, f"pack{BESIDE}"), workers.on_device(at.worker):
         tokens = at.layer.hessian_tokens
-        result = groups.pack(run.quantizer, run.formats, group, quantized, tokens)
-        resume.commit_group(run.output, run.processes, stack, number, result)
-        return dataclasses.replace(result, packed={})
+        try:
+            result = groups.pack(run.quantizer, run.formats, group, quantized, tokens)
+        except jax.errors.JaxRuntimeError as error:
+            if not _can_be_halved(group, error):
+                raise
+        else:
+            resume.commit_group(run.output, run.processes, stack, number, result)
+            return [dataclasses.replace(result, packed={})]
+    run.shown.console.print(
+        f"{at.layer.where}, expert {group.start}: the device is out of memory: packed in two parts",
+        soft_wrap=True,
+    )
+    waiting = {name: jax.device_get(vars(result)) for name, result in quantized.items()}
+    quantized.clear()  # frees the device's
+    size, found = -(-(group.stop - group.start) // 2), []
+    for part in _parts(ExpertGroup(group.start, group.stop, {}), size):
+        own = slice(part.start - group.start, part.stop - group.start)
+        found += _pack(at, part, {name: _experts(result, own) for name, result in waiting.items()})
+    return found
+
+
+def _experts(fields: Mapping[str, np.ndarray], part: slice) -> Quantized:
+    """Some experts of a `Quantized` whose arrays are on the host."""
+    own = {
+        name: array[:, part] if name == "grid" else array[part] for name, array in fields.items()
+    }
+    return Quantized(**{name: jnp.asarray(array) for name, array in own.items()})
 
 
 def _run_group(at: _Place, group: ExpertGroup, original: Kernels, compressed: Kernels) -> None:

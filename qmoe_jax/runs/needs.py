@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 
 from qmoe_jax.checkpoints.source import Source
+from qmoe_jax.checkpoints.t5x_experts import ChunkRoom
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.quantization.quantizer import Quantizer
@@ -47,7 +48,6 @@ class How:
     group_size: int  # experts
     batch_tokens: int
     num_devices: int
-    read_budget: int
     mapped: bool  # BUFFER_DIR is set
 
 
@@ -63,14 +63,19 @@ class Needs:
     read: int  # from the checkpoint
 
 
-def needs(config: SwitchConfig, work: Work, how: How, scratch: int = 0) -> Needs:
+def needs(
+    config: SwitchConfig,
+    work: Work,
+    how: How,
+    chunks: ChunkRoom = ChunkRoom(),  # noqa: B008, frozen
+) -> Needs:
     """All of them.
 
     Args:
       config: the model.
       work: the samples.
       how: the settings.
-      scratch: bytes of the blocks that the checkpoint's chunks make it keep on disk.
+      chunks: what the checkpoint's chunks make it keep.
     """
     weights = expert_weights(config)
     others = sum(math.prod(s) for s in configs.param_shapes(config).values()) - weights
@@ -83,7 +88,7 @@ def needs(config: SwitchConfig, work: Work, how: How, scratch: int = 0) -> Needs
         "activation buffers": 0 if how.mapped else buffers,
         "ids and routes": 30 * max(work.tokens(stack) for stack in STACKS),
         "groups being read": 2 * how.num_devices * how.group_size * expert_bytes(config, how),
-        "chunks of the checkpoint": how.read_budget if scratch else 0,
+        "chunks of the checkpoint": chunks.memory,
         "Python and JAX": OWN_HOST,
     }
     return Needs(
@@ -95,7 +100,7 @@ def needs(config: SwitchConfig, work: Work, how: How, scratch: int = 0) -> Needs
             "to go on from, until the end": 0 if how.mapped else buffers,
         },
         buffers=2 * sum(current.values()) if how.mapped else 0,
-        scratch=scratch,
+        scratch=chunks.scratch,
         read=how.source_bytes * (weights + others),
     )
 

@@ -12,6 +12,7 @@ from qmoe_jax.calibration import span_corruption, text
 from qmoe_jax.checkpoints import source
 from qmoe_jax.checkpoints.packed_manifest import Codec
 from qmoe_jax.checkpoints.source import Source
+from qmoe_jax.checkpoints.t5x_experts import ChunkRoom
 from qmoe_jax.models import config as configs
 from qmoe_jax.models import dtypes
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
@@ -122,11 +123,16 @@ def plan(
         {stack: num_validation_samples * each[stack] for stack in STACKS},
         versions,
     )
-    how, needed, lacking = _fitting(model, found, quantizer, compute, formats, wanted, opened)
+    how, needed, lacking = _fitting(
+        model, found, quantizer, compute, formats, wanted, max(each.values()), opened
+    )
     seconds: dict[str, float] = {}
     if measure and not dry_run:
-        with console.status("measuring this machine: a small model of the same widths"):
-            seconds = _measured(model, each, quantizer, formats, compute, how, wanted, opened)
+        try:
+            with console.status("measuring this machine: a small model of the same widths"):
+                seconds = _measured(model, each, quantizer, formats, compute, how, wanted, opened)
+        except (OSError, ValueError) as error:
+            console.print(f"the small model that measures time could not be run: {error}")
     made = Plan(model, found, wanted, how, needed, lacking, seconds)
     console.print(*_pages(made, samples, each), sep="\n")
     return made
@@ -157,9 +163,13 @@ def _fitting(
     compute: Compute,
     formats: Formats,
     wanted: Work,
+    longest: int,
     opened: Source | None,
 ) -> tuple[How, Needs, list[str]]:
-    """The settings that were given, and for the others those that fit best."""
+    """The settings that were given, and for the others those that fit best.
+
+    A batch holds at least one sample, of `longest` tokens.
+    """
     how = How(
         quantizer=quantizer,
         codec=formats.codec,
@@ -173,17 +183,28 @@ def _fitting(
             compute.batch_tokens, accelerator=not found.shared_memory
         ),
         num_devices=found.num_devices,
-        read_budget=compute.read_budget,
         mapped=compute.buffer_dir is not None,
     )
-    scratch = 0 if opened is None else opened.scratch_bytes()
-    needed = needs.needs(config, wanted, how, scratch)
-    lacking = needs.lacking(needed, found)
-    if lacking and not how.mapped:
+    chunks = ChunkRoom() if opened is None else opened.chunk_room()
+
+    def needed(how: How) -> Needs:
+        return needs.needs(config, wanted, how, chunks)
+
+    def too_large(how: How, *phases: str) -> bool:
+        there = found.device_memory
+        return there is not None and max(needed(how).device[phase] for phase in phases) > there
+
+    while not compute.experts_per_group and how.group_size > 1 and too_large(how, "experts"):
+        how = dataclasses.replace(how, group_size=how.group_size // 2)
+    while not compute.batch_tokens and how.batch_tokens > longest:
+        if not too_large(how, "dense part", "losses"):
+            break
+        how = dataclasses.replace(how, batch_tokens=max(longest, how.batch_tokens // 2))
+    if needs.lacking(needed(how), found) and not how.mapped:
         other = dataclasses.replace(how, mapped=True)
-        if not needs.lacking(needs.needs(config, wanted, other, scratch), found):
-            how, needed, lacking = other, needs.needs(config, wanted, other, scratch), []
-    return how, needed, lacking
+        if not needs.lacking(needed(other), found):
+            how = other
+    return how, needed(how), needs.lacking(needed(how), found)
 
 
 def _measured(
@@ -205,7 +226,7 @@ def _measured(
         versions=wanted.versions,
     )
     # Where blocks are cut anew on disk, the first expert would take as long as all of them.
-    if opened is not None and not opened.scratch_bytes():
+    if opened is not None and not opened.chunk_room().scratch:
         rates = dataclasses.replace(rates, read=rehearsal.read_rate(opened))
     amounts = rehearsal.amounts(
         config, dict(wanted.calibration), dict(wanted.validation), wanted.versions

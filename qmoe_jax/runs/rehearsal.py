@@ -165,7 +165,8 @@ def read_rate(source: Source) -> float | None:
     for stack in STACKS:
         for layer in configs.sparse_layers(source.config, stack):
             begun, nbytes = time.perf_counter(), 0
-            for group in source.expert_groups(stack, layer, 1):
+            # Whole blocks: what is read to be kept would not be counted.
+            for group in source.expert_groups(stack, layer, source.chunk_room().experts):
                 nbytes += sum(array.nbytes for array in group.arrays.values())
                 if nbytes >= READ_BYTES:
                     break

@@ -8,9 +8,9 @@ computes is what any other would.
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 
@@ -26,9 +26,35 @@ class Worker:
     count: int
     stopped: threading.Event  # another one failed: end after the piece at hand
 
-    def share(self, items: Sequence[T]) -> list[T]:
+    def share(self, items: Sequence[T]) -> "Share[T]":
         """Every `count`-th item."""
-        return list(items[self.place :: self.count])
+        return Share(items[self.place :: self.count], self.stopped)
+
+
+@dataclasses.dataclass(frozen=True)
+class Share(Sequence[T]):
+    """A worker's items; a loop over them ends early where another worker has failed."""
+
+    items: Sequence[T]
+    stopped: threading.Event
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[T]: ...
+
+    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
+        return self.items[index]
+
+    def __iter__(self) -> Iterator[T]:
+        for item in self.items:
+            if self.stopped.is_set():
+                return
+            yield item
 
 
 def on_each(devices: Sequence[Any], function: Callable[[Worker], T]) -> list[T]:
