@@ -21,7 +21,7 @@ def gptq_block(
     target: Float[Array, "E B R"],
     weights: Float[Array, "E B R"],
     scaled: Float[Array, "E B B"],
-    grid: Float[Array, "2 E b R"],
+    grid: Float[Array, "numbers E b R"],
     bits: Bits,
     *,
     implementation: Implementation = "auto",
@@ -33,13 +33,15 @@ def gptq_block(
       weights: float32.
       scaled: float32, lower triangular: the block's corner of the Hessian's factor over its
         diagonal. What is above the diagonal is not read.
-      grid: one for all columns (b = 1), or one for each.
+      grid: one for all columns (b = 1), or one for each; of two numbers, ternary ones also of four
+        (`grid_levels`).
       bits: the kind of grid.
       implementation: see `implementation.resolve`. The kernels add in another order: a weight that
         lies on a tie may be rounded to its other neighbour.
 
     Raises:
-      ValueError: columns that are no multiple of 8, or grids of another number of columns.
+      ValueError: columns that are no multiple of 8, or grids of another number of columns or
+        numbers.
     """
     columns = weights.shape[1]
     if columns % STRIP or grid.shape[2] not in (1, columns):
@@ -47,6 +49,8 @@ def gptq_block(
             f"a block of {columns} columns with grids for {grid.shape[2]}: expected a multiple of "
             f"{STRIP}, and one grid or {columns}"
         )
+    if len(grid) not in ((2, 4) if bits == "ternary" else (2,)):
+        raise ValueError(f"grids of {len(grid)} numbers; expected 2, or for ternary weights 4")
     match implementations.resolve(implementation):
         case "xla":
             return gptq_block_xla(target, weights, scaled, grid, bits)
@@ -61,7 +65,7 @@ def gptq_block_xla(
     target: Float[Array, "E B R"],
     weights: Float[Array, "E B R"],
     scaled: Float[Array, "E B B"],
-    grid: Float[Array, "2 E b R"],
+    grid: Float[Array, "numbers E b R"],
     bits: Bits,
 ) -> Float[Array, "E B R"]:
     """The reference: a product for each strip of columns, then the strip column by column."""

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The values that a quantized weight may take, of operations that Pallas's GPU kernels have too.
 
-A grid is two float32 numbers for each row, or for each group of columns of a row:
+A grid is two float32 numbers (ternary ones may have four) for each row, or for each group of
+columns of a row:
 
 * ternary: the row's smallest and largest value; a weight is one of 0, min, max (levels 0, 1, 2);
+  with two numbers more, the thresholds below and above which it is not 0, else half of those;
 * uniform (2, 3 or 4 bits): scale and zero point; a weight is `scale * (level - zero)`.
 """
 
@@ -14,23 +16,24 @@ from jaxtyping import Array, Float, UInt8
 
 Bits: TypeAlias = Literal["ternary", 2, 3, 4]
 
-# The two numbers for each weight: one array, or two.
-Grid: TypeAlias = Float[Array, " 2 *shape"] | tuple[Float[Array, "*shape"], Float[Array, "*shape"]]
+# The numbers for each weight: one array, or as many as there are numbers.
+Grid: TypeAlias = Float[Array, " numbers *shape"] | tuple[Float[Array, "*shape"], ...]
 
 
 def quantize(weights: Float[Array, "*shape"], grid: Grid, bits: Bits) -> UInt8[Array, "*shape"]:
     """The level of each weight on a grid of the same shape; ternary ties go to 0."""
-    first, second = grid
+    first, second, *thresholds = grid
     if bits == "ternary":
-        below = jnp.where(weights < first / 2, jnp.uint8(1), jnp.uint8(0))
-        return jnp.where(weights > second / 2, jnp.uint8(2), below)
+        low, high = thresholds or (first / 2, second / 2)
+        below = jnp.where(weights < low, jnp.uint8(1), jnp.uint8(0))
+        return jnp.where(weights > high, jnp.uint8(2), below)
     level = _round_half_even(weights / first) + second
     return jnp.clip(level, 0, 2**bits - 1).astype(jnp.uint8)
 
 
 def dequantize(levels: UInt8[Array, "*shape"], grid: Grid, bits: Bits) -> Float[Array, "*shape"]:
     """The float32 weight behind each level on a grid of the same shape."""
-    first, second = grid
+    first, second, *_ = grid
     if bits == "ternary":
         return jnp.where(levels == 1, first, jnp.where(levels == 2, second, 0.0))
     return first * (levels.astype(jnp.float32) - second)

@@ -101,12 +101,16 @@ def test_executed_instructions_follow_the_longest_loop():
     assert [kernel.executed(trips) for trips in (0.0, 1.0, 10.0)] == [1, 3, 21]
 
 
+# One for all columns; and with thresholds of each.
+GRIDS = [("ternary", (2, 16, 1, 1024)), ("ternary", (4, 16, 128, 1024)), (2, (2, 16, 1, 1024))]
+
+
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("bits", ["ternary", 2])
-def test_gptq_block(bits, capability):
+@pytest.mark.parametrize(("bits", "grid"), GRIDS)
+def test_gptq_block(bits, grid, capability):
     from pallas_kernels.device import gptq_block_pallas
 
-    shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), (2, 16, 1, 1024))
+    shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), grid)
     (kernel,) = cuda_compile.compile_kernels(
         functools.partial(gptq_block_pallas.gptq_block, bits=bits),
         *(Shape(shape, jnp.float32) for shape in shapes),
@@ -159,9 +163,9 @@ def test_sub1_decode_in_triton(codec, case, capability):
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("bits", ["ternary", 2])
-def test_gptq_block_in_triton(bits, capability):
-    shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), (2, 16, 1, 1024))
+@pytest.mark.parametrize(("bits", "grid"), GRIDS)
+def test_gptq_block_in_triton(bits, grid, capability):
+    shapes = ((16, 128, 1024), (16, 128, 1024), (16, 128, 128), grid)
     launch = gptq_block_triton.plan(*map(jnp.zeros, shapes), bits=bits)
     assert_sound(cuda_compile.compile_launch(launch, capability=capability), capability)
 

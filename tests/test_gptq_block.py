@@ -9,13 +9,14 @@ import pytest
 
 from pallas_kernels import gptq_block, grid_levels
 from pallas_kernels.device import gptq_block_pallas
-from qmoe_jax.quantization import gptq, grids
+from qmoe_jax.quantization import columns, gptq, grids
 from qmoe_jax.quantization.gptq import GptqOptions
 
+KINDS = [("ternary", False), ("ternary", True), (2, False), (4, False)]  # own thresholds?
 SHAPES = [(1, 8, 1), (2, 128, 50), (3, 40, 33), (1, 128, 96)]  # experts, columns, rows
 
 
-def inputs(shape, bits, by_column: bool) -> tuple[Any, ...]:
+def inputs(shape, bits, by_column: bool, thresholds: bool = False) -> tuple[Any, ...]:
     E, B, _ = shape
     generator = np.random.default_rng(0)
     weights = generator.standard_normal(shape).astype(np.float32)
@@ -25,6 +26,9 @@ def inputs(shape, bits, by_column: bool) -> tuple[Any, ...]:
     if by_column:
         scale = jnp.asarray(generator.uniform(0.5, 2, (1, 1, B, 1)), jnp.float32)
         grid = jnp.broadcast_to(grid, (2, *shape)) * (scale if bits == "ternary" else 1)
+    if thresholds:
+        share = jnp.asarray(generator.uniform(0.2, 0.9, grid.shape), jnp.float32)
+        grid = jnp.concatenate([grid, share * grid])
     return jnp.asarray(target), jnp.asarray(weights), jnp.asarray(scaled), grid
 
 
@@ -40,10 +44,10 @@ def column_by_column(target, weights, scaled, grid, *, bits):
 
 
 @pytest.mark.parametrize("by_column", [False, True])
-@pytest.mark.parametrize("bits", ["ternary", 2, 4])
+@pytest.mark.parametrize(("bits", "thresholds"), KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_reference_and_kernel_solve_every_column(shape, bits, by_column):
-    given = inputs(shape, bits, by_column)
+def test_reference_and_kernel_solve_every_column(shape, bits, thresholds, by_column):
+    given = inputs(shape, bits, by_column, thresholds)
     expected = column_by_column(*given, bits=bits)
     solve = functools.partial(gptq_block.gptq_block_xla, bits=bits)
     by_xla = jax.jit(solve)(*given)
@@ -66,7 +70,7 @@ def test_the_goldens_level_for_level_through_the_kernel(data_dir, monkeypatch):
             options = GptqOptions(group_size=group_size)
             expected = gptq.gptq(kernel, hessian, bits=bits, options=options)
             with monkeypatch.context() as patch:
-                patch.setattr(gptq, "gptq_block", interpreted)
+                patch.setattr(columns, "gptq_block", interpreted)
                 jax.clear_caches()
                 found = gptq.gptq(kernel, hessian, bits=bits, options=options)
             jax.clear_caches()
@@ -83,7 +87,7 @@ def test_a_whole_matrix_through_the_kernel(monkeypatch):
     kernel = jnp.asarray(generator.standard_normal((1, 768, 3072)), jnp.float32)
     expected = gptq.gptq(kernel, hessian, bits="ternary")
     interpreted = functools.partial(gptq_block_pallas.gptq_block, interpret=True)
-    monkeypatch.setattr(gptq, "gptq_block", interpreted)
+    monkeypatch.setattr(columns, "gptq_block", interpreted)
     jax.clear_caches()
     found = gptq.gptq(kernel, hessian, bits="ternary")
     jax.clear_caches()
@@ -100,6 +104,15 @@ def test_a_large_block_on_the_device(bits, implementation):
     by_xla = jax.jit(functools.partial(solve, implementation="xla"))(*given)
     found = jax.jit(functools.partial(solve, implementation=implementation))(*given)
     assert np.mean(np.abs(found - by_xla) < 1e-4) > 0.9999
+
+
+@pytest.mark.parametrize(("numbers", "bits"), [(3, "ternary"), (4, 2)])
+def test_grids_of_other_numbers_are_refused(numbers, bits):
+    array = jnp.zeros((1, 8, 4))
+    with pytest.raises(ValueError, match=f"grids of {numbers} numbers; expected 2"):
+        gptq_block.gptq_block(
+            *(array, array, jnp.zeros((1, 8, 8)), jnp.zeros((numbers, 1, 1, 4))), bits
+        )
 
 
 @pytest.mark.parametrize(("columns", "grid"), [(12, 1), (16, 2)])

@@ -20,7 +20,7 @@ from pallas_kernels import packed as packed_lib
 from pallas_kernels import sub1_decode, sub1_matmul, testing, token_tiles
 from pallas_kernels.testing import SMALL, Case
 from qmoe_jax.codec import packing
-from qmoe_jax.quantization import gptq
+from qmoe_jax.quantization import columns, gptq
 from qmoe_jax.quantization.gptq import GptqOptions
 
 if sys.platform != "linux":
@@ -139,10 +139,10 @@ def test_products_of_dense_experts(case):
 
 
 @pytest.mark.parametrize("by_column", [False, True])
-@pytest.mark.parametrize("bits", ["ternary", 2, 4])
+@pytest.mark.parametrize(("bits", "thresholds"), test_gptq_block.KINDS)
 @pytest.mark.parametrize("shape", test_gptq_block.SHAPES[:3:2])
-def test_blocks_of_gptq(shape, bits, by_column):
-    given = test_gptq_block.inputs(shape, bits, by_column)
+def test_blocks_of_gptq(shape, bits, thresholds, by_column):
+    given = test_gptq_block.inputs(shape, bits, by_column, thresholds)
     expected = test_gptq_block.column_by_column(*given, bits=bits)
     found = triton_interpreter.run(gptq_block_triton.plan(*given, bits=bits))
     np.testing.assert_allclose(found, expected, atol=1e-5)
@@ -165,7 +165,7 @@ def test_the_goldens_of_gptq_level_for_level(data_dir, monkeypatch):
         solve = functools.partial(gptq.gptq, kernel, hessian, bits=bits, options=GptqOptions())
         expected = solve()
         with monkeypatch.context() as patch:
-            patch.setattr(gptq, "gptq_block", by_triton)
+            patch.setattr(columns, "gptq_block", by_triton)
             jax.clear_caches()
             found = solve()
         jax.clear_caches()

@@ -25,7 +25,7 @@ def gptq_block(
     target: Float[Array, "E B R"],
     weights: Float[Array, "E B R"],
     scaled: Float[Array, "E B B"],
-    grid: Float[Array, "2 E b R"],
+    grid: Float[Array, "numbers E b R"],
     bits: Bits,
     *,
     interpret: bool = False,
@@ -55,7 +55,7 @@ def _kernel(
     target_ref,  # [E, B, R]
     weights_ref,  # [E, B, R]
     scaled_ref,  # [E, B, B]
-    grid_ref,  # [2, E, b, R]
+    grid_ref,  # [numbers, E, b, R]
     out_ref,  # [E, B, R]
 ):
     _, columns, rows = shape
@@ -75,10 +75,8 @@ def _kernel(
         )
         target_R = load(target_ref, expert, j) + jnp.sum(scaled_B[:, None] * D_BR, axis=0)
         at = j if grid_by_column else 0
-        first_R, second_R = (load(grid_ref, i, expert, at) for i in range(2))
-        D_R = load(weights_ref, expert, j) - grid_levels.nearest(
-            target_R, (first_R, second_R), bits
-        )
+        grid_R = tuple(load(grid_ref, i, expert, at) for i in range(grid_ref.shape[0]))
+        D_R = load(weights_ref, expert, j) - grid_levels.nearest(target_R, grid_R, bits)
         return jnp.where((column_B == j)[:, None], D_R[None, :], D_BR)
 
     D_BR = jax.lax.fori_loop(0, columns, solve, jnp.zeros((len(column_B), ROWS), jnp.float32))

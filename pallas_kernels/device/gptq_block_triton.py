@@ -19,7 +19,7 @@ def gptq_block(
     target: Float[Array, "E B R"],
     weights: Float[Array, "E B R"],
     scaled: Float[Array, "E B B"],
-    grid: Float[Array, "2 E b R"],
+    grid: Float[Array, "numbers E b R"],
     bits: Bits,
 ) -> Float[Array, "E B R"]:
     """See `pallas_kernels.gptq_block`."""
@@ -41,6 +41,7 @@ def plan(target, weights, scaled, grid, bits: Bits) -> Launch:
             "PADDED": 1 << (columns - 1).bit_length(),
             "TILE_ROWS": ROWS,
             "GRIDS": grid.shape[2],
+            "THRESHOLDS": len(grid) == 4,
             "MAX_LEVEL": 0 if bits == "ternary" else 2**bits - 1,
         },
         warps=_WARPS,
@@ -50,11 +51,11 @@ def plan(target, weights, scaled, grid, bits: Bits) -> Launch:
 
 @no_type_check
 @triton.jit
-def nearest(weights, first, second, MAX_LEVEL: tl.constexpr):
+def nearest(weights, first, second, low, high, MAX_LEVEL: tl.constexpr):
     """`grid_levels.nearest`; a `MAX_LEVEL` of 0 stands for ternary grids."""
     if MAX_LEVEL == 0:
-        below = tl.where(weights < first / 2, first, 0.0)
-        value = tl.where(weights > second / 2, second, below)
+        below = tl.where(weights < low, first, 0.0)
+        value = tl.where(weights > high, second, below)
     else:
         steps = tl.div_rn(weights, first)
         floor = tl.floor(steps)
@@ -73,7 +74,7 @@ def gptq_block_kernel(
     target,  # float32 [EXPERTS, COLUMNS, ROWS]
     weights,  # as `target`
     scaled,  # float32 [EXPERTS, COLUMNS, COLUMNS]
-    grid,  # float32 [2, EXPERTS, GRIDS, ROWS]
+    grid,  # float32 [4 if THRESHOLDS else 2, EXPERTS, GRIDS, ROWS]
     out,  # as `target`
     EXPERTS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -81,6 +82,7 @@ def gptq_block_kernel(
     PADDED: tl.constexpr,
     TILE_ROWS: tl.constexpr,
     GRIDS: tl.constexpr,
+    THRESHOLDS: tl.constexpr,
     MAX_LEVEL: tl.constexpr,
 ):
     expert = tl.program_id(0).to(tl.int64)
@@ -91,7 +93,7 @@ def gptq_block_kernel(
     weights += expert * COLUMNS * ROWS + row
     scaled += expert * COLUMNS * COLUMNS + column
     first_grid = grid + expert * GRIDS * ROWS + row
-    second_grid = first_grid + EXPERTS * GRIDS * ROWS
+    step = EXPERTS * GRIDS * ROWS
 
     D = tl.zeros((PADDED, TILE_ROWS), tl.float32)
     for j in range(COLUMNS):
@@ -100,9 +102,14 @@ def gptq_block_kernel(
         value += tl.sum(factor[:, None] * D, axis=0)
         at = j * ROWS if GRIDS > 1 else 0
         first = tl.load(first_grid + at, mask=inside, other=1.0)
-        second = tl.load(second_grid + at, mask=inside, other=1.0)
+        second = tl.load(first_grid + step + at, mask=inside, other=1.0)
+        if THRESHOLDS:
+            low = tl.load(first_grid + 2 * step + at, mask=inside, other=1.0)
+            high = tl.load(first_grid + 3 * step + at, mask=inside, other=1.0)
+        else:
+            low, high = first / 2, second / 2
         weight = tl.load(weights + j * ROWS, mask=inside, other=0.0)
-        left = weight - nearest(value, first, second, MAX_LEVEL)
+        left = weight - nearest(value, first, second, low, high, MAX_LEVEL)
         D = tl.where((column == j)[:, None], left[None, :], D)
 
     at = out + expert * COLUMNS * ROWS + column[:, None] * ROWS + row[None, :]

@@ -9,11 +9,7 @@ Hessian factored as `H = N^T N`, N lower triangular, its column update is exactl
 
 (multiply the algorithm's `W - Q = E U` by `U^-1 = N^T`). So one Cholesky factorization of H,
 reversed in both axes, is all the linear algebra: the inverse Hessian of the usual formulation is
-never formed. The sum is taken left-looking, so that no weight is written twice:
-
-    superblock    an eighth of the columns: all that came before it, one large product
-      block       `block_size` columns: what came before it in the superblock, one product
-        column    what came before it in the block (`pallas_kernels.gptq_block`)
+never formed. `columns.py` takes the sum.
 
 Experts keep T5X's axes on entry, `[expert, in, out]` = `[E, C, R]`, which is also the layout this
 needs: a column is a contiguous vector over the rows. Levels leave as `[E, R, C]`, as codec, store
@@ -23,6 +19,7 @@ and kernels speak of them.
 import dataclasses
 import functools
 import math
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +27,12 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from pallas_kernels import grid_levels
-from pallas_kernels.gptq_block import STRIP, gptq_block
+from pallas_kernels.gptq_block import STRIP
 from pallas_kernels.grid_levels import Bits
-from qmoe_jax.quantization import grids
+from qmoe_jax.quantization import columns, grids, least_squares
+from qmoe_jax.quantization.columns import times
 
-SUPERBLOCKS = 8  # bounds both the program's size and the zeros multiplied (one in 8)
+GridFit = Literal["minmax", "least_squares"]
 ERROR_ROWS = 64  # rows that the reported error is measured on
 MIN_DAMPING = 1e-6
 
@@ -64,6 +62,9 @@ class GptqOptions:
     block_size: int = 128
     group_size: int | None = None  # columns that share a grid; None: the whole row
     activation_order: bool = False  # columns of large activations first
+    grid: GridFit = "minmax"  # a row's range; or `least_squares.py`, for ternary weights
+    penalty: float = 0.0  # with "least_squares": on bits
+    sweeps: int = 3  # of "least_squares"
 
     def __post_init__(self):
         group, block = self.group_size, self.block_size
@@ -75,6 +76,14 @@ class GptqOptions:
             )
         if not 0 <= self.damping < math.inf:
             raise ValueError(f"DAMPING is {self.damping}; expected a number of 0 or more")
+        if not 0 <= self.penalty < math.inf:
+            raise ValueError(f"LAMBDA is {self.penalty}; expected a number of 0 or more")
+        if self.sweeps < 0:
+            raise ValueError(f"SWEEPS is {self.sweeps}; expected 0 or more")
+        if self.grid == "minmax" and self.penalty:
+            raise ValueError(f"LAMBDA {self.penalty} is for GRID 'least_squares': set that too")
+        if self.grid != "minmax" and self.group_size:
+            raise ValueError(f"GRID {self.grid!r} has one grid a row: leave GROUP_SIZE out")
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "store_bfloat16"))
@@ -118,9 +127,14 @@ def gptq(
       bits: the kind of grid.
       options: see `GptqOptions`.
       store_bfloat16: round grids to bfloat16 before the solve (`grids.fit`).
+
+    Raises:
+      ValueError: least squares asked for, and bits that are not ternary.
     """
+    if options.grid != "minmax" and bits != "ternary":
+        raise ValueError(f"GRID {options.grid!r} is for BITS 'ternary', not {bits}")
     C = kernel.shape[1]
-    order_EC, N_ECC, not_pd_E = _factor(hessian.astype(jnp.float32), options)
+    order_EC, H_ECC, N_ECC, not_pd_E = _factor(hessian.astype(jnp.float32), options)
     W_ECR = _take(kernel.astype(jnp.float32), order_EC)
 
     group = options.group_size if options.group_size and options.group_size < C else None
@@ -130,8 +144,23 @@ def gptq(
     W_ECR = jnp.pad(W_ECR, ((0, 0), (0, padding), (0, 0)))
     N_ECC = _pad_with_identity(N_ECC, padding)
 
-    D_ECR, grid_2EGR = _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16)
-    grid_2ECR = _per_column(grid_2EGR, W_ECR.shape[1])
+    if options.grid == "minmax":
+        D_ECR, grid_2EGR = columns.solve(W_ECR, W_ECR, N_ECC, bits, block, group, store_bfloat16)
+    else:
+        first = least_squares.first_grid(W_ECR, store_bfloat16)
+        D_ECR, _ = columns.solve(W_ECR, W_ECR, N_ECC, bits, block, ternary=first)
+        D_ECR, values_2ER = least_squares.refine(
+            W_ECR,
+            _pad_with_identity(_symmetric(H_ECC), padding),
+            D_ECR,
+            first.values,
+            penalty=options.penalty,
+            sweeps=options.sweeps,
+            block=block,
+            store_bfloat16=store_bfloat16,
+        )
+        grid_2EGR = values_2ER[:, :, None]
+    grid_2ECR = columns.per_column(grid_2EGR, W_ECR.shape[1])
     levels_ECR = grid_levels.quantize(W_ECR - D_ECR, grid_2ECR, bits)
     Q_ECR = grid_levels.dequantize(levels_ECR, grid_2ECR, bits)
     back_EC = None if order_EC is None else jnp.argsort(order_EC, axis=1)
@@ -146,112 +175,42 @@ def gptq(
 
 def _factor(
     H_ECC: Float[Array, "E C C"], options: GptqOptions
-) -> tuple[Int[Array, "E C"] | None, Float[Array, "E C C"], Bool[Array, " E"]]:
-    """The order of the columns, and in it the lower triangular N of `H + damping = N^T N`."""
+) -> tuple[
+    Int[Array, "E C"] | None, Float[Array, "E C C"], Float[Array, "E C C"], Bool[Array, " E"]
+]:
+    """The order of the columns; in it `H + damping` and the lower triangular N of that, `N^T N`.
+
+    Of the former what is on and below the diagonal counts. The identity, both, if there is no N.
+    """
     C = H_ECC.shape[1]
     diagonal_EC = jnp.diagonal(H_ECC, axis1=1, axis2=2)
     damping_E1 = jnp.maximum(options.damping * diagonal_EC.mean(1, keepdims=True), MIN_DAMPING)
     order_EC = None
     if options.activation_order:
         order_EC = jnp.argsort(-diagonal_EC, axis=1)
-        H_ECC = jnp.tril(H_ECC) + jnp.tril(H_ECC, -1).mT
+        H_ECC = _symmetric(H_ECC)
         H_ECC = _take(_take(H_ECC, order_EC).mT, order_EC).mT
     H_ECC = H_ECC + damping_E1[..., None] * jnp.eye(C, dtype=H_ECC.dtype)[None]
     # LAPACK's matrices are stored by columns: the transpose of ours is one of these as it stands.
     L_ECC = lax.linalg.cholesky(H_ECC.mT[:, ::-1, ::-1], symmetrize_input=False)
     not_pd_E = ~jnp.isfinite(jnp.diagonal(L_ECC, axis1=1, axis2=2)).all(1)
     eye_1CC = jnp.eye(C, dtype=H_ECC.dtype)[None]
-    N_ECC = jnp.where(not_pd_E[:, None, None], eye_1CC, L_ECC.mT[:, ::-1, ::-1])
-    return order_EC, N_ECC, not_pd_E
+    H_ECC, N_ECC = (
+        jnp.where(not_pd_E[:, None, None], eye_1CC, found)
+        for found in (H_ECC, L_ECC.mT[:, ::-1, ::-1])
+    )
+    return order_EC, H_ECC, N_ECC, not_pd_E
 
 
-def _solve(W_ECR, N_ECC, bits, block, group, store_bfloat16):
-    """The column recursion; everything padded to whole blocks. Returns D and the grid."""
-    E, C, R = W_ECR.shape
-    scaled_ECC = N_ECC / jnp.diagonal(N_ECC, axis1=1, axis2=2)[..., None]
-    groups = C // group if group else 1
-    row_grid_2ER = grids.fit(W_ECR, bits, store_bfloat16)
-    grid_2EGR = jnp.broadcast_to(row_grid_2ER[:, :, None, :], (2, E, groups, R))
-    per_superblock = -(-C // (block * SUPERBLOCKS))
-    width = per_superblock * block
-
-    def solve_block(index, state):
-        D_ECR, grid_2EGR, before_EcR = state
-        at, inside = index * block, index % per_superblock * block
-        start = at - inside
-        before_EcR = _superblock_update(scaled_ECC, D_ECR, before_EcR, width, start, inside == 0)
-        scaled_EBc = lax.dynamic_slice(scaled_ECC, (0, at, start), (E, block, width))
-        update_EBR = lax.dynamic_slice_in_dim(before_EcR, inside, block, 1)
-        if per_superblock > 1:
-            # Columns not yet solved are still zero in D.
-            update_EBR += _times(scaled_EBc, lax.dynamic_slice_in_dim(D_ECR, start, width, 1))
-        W_EBR = lax.dynamic_slice_in_dim(W_ECR, at, block, 1)
-        if group:
-            N_EBB = lax.dynamic_slice(N_ECC, (0, at, at), (E, block, block))
-            lazy_EBR = W_EBR + _update_by_earlier_blocks(update_EBR, N_EBB)
-            fitted_2EgR = _fit_groups(lazy_EBR, bits, group, store_bfloat16)
-            grid_2EGR = lax.dynamic_update_slice_in_dim(grid_2EGR, fitted_2EgR, at // group, 2)
-            grid_2EbR = _per_column(fitted_2EgR, block)
-        else:
-            grid_2EbR = grid_2EGR  # one for all columns
-        scaled_EBB = lax.dynamic_slice_in_dim(scaled_EBc, inside, block, 2)
-        D_EBR = gptq_block(W_EBR + update_EBR, W_EBR, scaled_EBB, grid_2EbR, bits)
-        D_ECR = lax.dynamic_update_slice_in_dim(D_ECR, D_EBR, at, 1)
-        return D_ECR, grid_2EGR, before_EcR
-
-    # The last superblock may reach past the columns: room for its slices.
-    rest = -C % width
-    scaled_ECC = jnp.pad(scaled_ECC, ((0, 0), (0, rest), (0, rest)))
-    D_ECR = jnp.zeros((E, C + rest, R), W_ECR.dtype)
-    state = (D_ECR, grid_2EGR, jnp.zeros((E, width, R), W_ECR.dtype))
-    D_ECR, grid_2EGR, _ = lax.fori_loop(0, C // block, solve_block, state)
-    return D_ECR[:, :C], grid_2EGR
-
-
-def _superblock_update(scaled_ECC, D_ECR, before_EcR, width, start, entering):
-    """On entering a superblock, the large product of all columns before it; else `before`.
-
-    One branch for each superblock: their products have static shapes, of just the columns solved.
-    """
-
-    def product(first):
-        return lambda: _times(scaled_ECC[:, first : first + width, :first], D_ECR[:, :first])
-
-    starts = range(0, D_ECR.shape[1], width)
-    branch = jnp.where(entering, start // width + 1, 0)
-    return lax.switch(branch, [lambda: before_EcR, *(product(first) for first in starts)])
-
-
-def _update_by_earlier_blocks(update_EBR, N_EBB):
-    """What the usual algorithm has added to a block's columns when it reaches the block.
-
-    `update` is `N D / diag(N)` over the earlier columns; the usual `U^T E` over the same columns is
-    `N_BB^-1 N D`, N_BB being the block's own corner of N. Grids of column groups are fitted on it.
-    """
-    product_EBR = update_EBR * jnp.diagonal(N_EBB, axis1=1, axis2=2)[..., None]
-    return lax.linalg.triangular_solve(N_EBB, product_EBR, left_side=True, lower=True)
-
-
-def _fit_groups(W_EBR, bits, group, store_bfloat16):
-    E, B, R = W_EBR.shape
-    return grids.fit(W_EBR.reshape(E, B // group, group, R), bits, store_bfloat16)
-
-
-def _times(A_EMK, B_EKN):
-    return jnp.matmul(A_EMK, B_EKN, precision=lax.Precision.HIGHEST)
+def _symmetric(lower_ECC):
+    return jnp.tril(lower_ECC) + jnp.tril(lower_ECC, -1).mT
 
 
 def _relative_error(N_ECC, D_ECR, W_ECR) -> Float[Array, " E"]:
     """`|N D|^2 / |N W|^2` over evenly spaced rows: tr(D^T H D) / tr(W^T H W)."""
     step = -(-W_ECR.shape[2] // ERROR_ROWS)
-    error_ECr, energy_ECr = (_times(N_ECC, X[:, :, ::step]) for X in (D_ECR, W_ECR))
+    error_ECr, energy_ECr = (times(N_ECC, X[:, :, ::step]) for X in (D_ECR, W_ECR))
     return jnp.sum(error_ECr**2, (1, 2)) / jnp.sum(energy_ECr**2, (1, 2))
-
-
-def _per_column(grid_2EGR, columns):
-    if grid_2EGR.shape[2] == 1:
-        return jnp.broadcast_to(grid_2EGR, (*grid_2EGR.shape[:2], columns, grid_2EGR.shape[3]))
-    return jnp.repeat(grid_2EGR, columns // grid_2EGR.shape[2], axis=2)
 
 
 def _take(X_ECN, order_EC):

@@ -48,13 +48,14 @@ def fit(
     is_zero = (low == 0) & (high == 0)
     low, high = jnp.where(is_zero, -1.0, low), jnp.where(is_zero, 1.0, high)
     if bits == "ternary":
-        return _rounded(jnp.stack([low, high]), store_bfloat16)
+        return rounded(jnp.stack([low, high]), store_bfloat16)
     # Always true, but XLA can't know: it multiplies by the rounded inverse of a constant divisor,
     # and zero points that lie on a tie move.
     steps = jnp.where(high > low, jnp.float32(2**bits - 1), jnp.float32(1))
-    scale = _rounded((high - low) / steps, store_bfloat16)
+    scale = rounded((high - low) / steps, store_bfloat16)
     return jnp.stack([scale, jnp.round(-low / scale)])
 
 
-def _rounded(values: Float[Array, "*shape"], to_bfloat16: bool) -> Float[Array, "*shape"]:
+def rounded(values: Float[Array, "*shape"], to_bfloat16: bool) -> Float[Array, "*shape"]:
+    """As a packed checkpoint holds them, still in float32; as they are where it does not."""
     return values.astype(jnp.bfloat16).astype(jnp.float32) if to_bfloat16 else values

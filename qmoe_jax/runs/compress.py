@@ -180,7 +180,10 @@ def compress_samples(
     """`compress` for an opened checkpoint and finished samples; `text_settings` say whence."""
     chosen, all_processes = devices.chosen(num_devices), processes.here()
     group_size = devices.experts_per_group(
-        original.config, compute.experts_per_group, len(chosen) * all_processes.count
+        original.config,
+        compute.experts_per_group,
+        len(chosen) * all_processes.count,
+        grid=quantizer.grid,
     )
     if quantizer.method == "rtn":
         samples = dataclasses.replace(samples, calibration=None)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qmoe_jax.models.config import SwitchConfig, expert_matrices
+from qmoe_jax.quantization.gptq import GridFit
 
 CPU_GROUP_BYTES = 2 << 30  # host memory that one group of experts may take on a CPU
 DEVICE_SHARE = 0.5  # of an accelerator's memory
@@ -65,11 +66,15 @@ def batch_tokens(wanted: int | None, accelerator: bool | None = None) -> int:
 
 
 def experts_per_group(
-    config: SwitchConfig, wanted: int | None, num_devices: int = 1, memory: int | None = None
+    config: SwitchConfig,
+    wanted: int | None,
+    num_devices: int = 1,
+    memory: int | None = None,
+    grid: GridFit = "minmax",
 ) -> int:
     """How many experts a device solves together: `wanted`, or about what fits, a share at most.
 
-    `memory` is a described device's; None: that of the one at hand.
+    `memory` is a described device's; None: that of the one at hand. `grid` is the quantizer's.
 
     Raises:
       ValueError: fewer than one wanted.
@@ -79,13 +84,14 @@ def experts_per_group(
             raise ValueError(f"EXPERTS_PER_GROUP is {wanted}; expected 1 or more")
         return min(wanted, config.num_experts)
     experts = config.num_experts
-    fitting = min(-(-experts // num_devices), max(1, _group_budget(memory) // group_bytes(config)))
+    in_memory = max(1, _group_budget(memory) // group_bytes(config, grid))
+    fitting = min(-(-experts // num_devices), in_memory)
     # A last group of another size would compile all programs again.
     equal = max(size for size in range(1, fitting + 1) if experts % size == 0)
     return equal if 2 * equal >= fitting else fitting
 
 
-def group_bytes(config: SwitchConfig) -> int:
+def group_bytes(config: SwitchConfig, grid: GridFit = "minmax") -> int:
     """Device memory for one expert of a group while it is solved, about."""
     D, F = config.emb_dim, config.expert_mlp_dim
     weights = D * F * len(expert_matrices(config))
@@ -93,7 +99,8 @@ def group_bytes(config: SwitchConfig) -> int:
     kept += 11 * weights  # of the group before, which is being packed: compressed, levels, words
     kept += 4 * weights  # of the group after, which is on its way
     # Of the matrix being solved: W, W - Q, Q and the products; H in order, L, M, scaled M.
-    return kept + 16 * D * F + 16 * max(D, F) ** 2
+    matrices = 16 if grid == "minmax" else 40  # H W, levels, where they are 1 and 2, H times these
+    return kept + matrices * D * F + 16 * max(D, F) ** 2
 
 
 def keep_freed_memory() -> None:

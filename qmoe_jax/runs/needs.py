@@ -113,7 +113,7 @@ def device_needs(config: SwitchConfig, how: How) -> dict[str, int]:
     layer = 2 * 4 * (8 * D * config.num_heads * config.head_dim + 3 * D * widest)
     return {
         "dense part": outer + layer + how.batch_tokens * 4 * (8 * D + 3 * widest),
-        "experts": outer + how.group_size * devices.group_bytes(config),
+        "experts": outer + how.group_size * devices.group_bytes(config, how.quantizer.grid),
         "losses": outer + 2 * 4 * how.batch_tokens * V,
     }
 

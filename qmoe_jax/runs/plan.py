@@ -177,7 +177,11 @@ def _fitting(
         store_bytes=formats.store_dtype.itemsize,
         source_bytes=4 if opened is None else needs.stored_bytes(opened),
         group_size=devices.experts_per_group(
-            config, compute.experts_per_group, found.num_devices, found.device_memory
+            config,
+            compute.experts_per_group,
+            found.num_devices,
+            found.device_memory,
+            quantizer.grid,
         ),
         batch_tokens=devices.batch_tokens(
             compute.batch_tokens, accelerator=not found.shared_memory

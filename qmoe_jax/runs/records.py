@@ -50,6 +50,7 @@ def identity(report: Report, tracks: Iterable[Track], batch_tokens: int) -> dict
     checkpoint, settings = report.checkpoint, report.settings
     named = ("codec", "store_dtype", "activation_dtype")
     found = {name.upper(): value for name, value in settings["quantizer"].items()}
+    found["LAMBDA"] = found.pop("PENALTY")
     found |= {name.upper(): settings[name] for name in named}
     found["BATCH_TOKENS"] = batch_tokens
     found["CHECKPOINT_PATH"] = ", ".join(
