@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The paper's tables and this project's improvements on a small trained model, in one run.
 
-    python benchmarks/paper_tables.py --output docs/results.md
+    python benchmarks/paper_tables.py --seeds 4 --output tables.md
 
 The model is the demo checkpoint, or --checkpoint with its --vocabulary, --calibration and
 --heldout. Every row compresses it anew with each seed, which draws other masked spans of the same
@@ -112,7 +112,7 @@ def tables() -> dict[str, list[Row]]:
         ],
         "Ablations of least squares": [
             *(
-                row(f"{sweeps} sweeps", **BEST, penalty=0.08, sweeps=sweeps)
+                row(f"SWEEPS {sweeps}", **BEST, penalty=0.08, sweeps=sweeps)
                 for sweeps in (1, 2, 3, 5, 8)
             ),
             *(
@@ -231,8 +231,8 @@ def introduction(given: Given, full: float) -> str:
         "Bits are of an expert's weight: of the entropy of its levels, and as stored, with the "
         "values of rows. Rate: of the whole model, against bfloat16.",
     ]
-    made = f"`python benchmarks/paper_tables.py`, {datetime.date.today()}, {devices.description()}."
-    return f"# Results\n\n{made}\n\n{' '.join(sentences)}"
+    command = f"`python benchmarks/paper_tables.py --seeds {len(given.seeds)}`"
+    return f"{command}, {datetime.date.today()}, {devices.description()}.\n\n{' '.join(sentences)}"
 
 
 if __name__ == "__main__":

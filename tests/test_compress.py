@@ -92,6 +92,22 @@ def test_every_group_size_gives_the_same_weights(
                 np.testing.assert_array_equal(record.row_values, other[name].row_values)
 
 
+def test_group_sizes_do_not_matter_to_least_squares(data_dir, text, tmp_path):
+    path, found = checkpoint(data_dir, "tiny_switch_base"), []
+    for size in (8, 3):
+        report = run(
+            path,
+            tmp_path / str(size),
+            text,
+            quantizer=Quantizer(grid="least_squares", penalty=0.1, sweeps=2),
+            codec="tunstall",
+            compute={"experts_per_group": size},
+        )
+        found.append((report.losses, [layer.matrices for layer in report.layers]))
+        assert report.settings["quantizer"]["grid"] == "least_squares"
+    assert found[0] == found[1]
+
+
 def test_memory_mapped_buffers_and_a_second_run_give_the_same_bytes(
     compressed, data_dir, text, tmp_path
 ):

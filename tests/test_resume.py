@@ -348,9 +348,13 @@ def test_buffers_may_move_between_attempts(first, run, whole, tmp_path, monkeypa
         (Quantizer(bits=3, true_sequential=True), {"store_dtype": "float32"}),
         (Quantizer(bits=2, group_size=32, block_size=32), {"codec": "dense"}),
         (Quantizer(method="rtn"), {}),
+        (
+            Quantizer(grid="least_squares", penalty=0.05, sweeps=1),
+            {"codec": "tunstall"},
+        ),
         (Quantizer(), {"compute": {"activation_dtype": "bfloat16"}}),
     ],
-    ids=["uniform", "dense", "rtn", "bfloat16"],
+    ids=["uniform", "dense", "rtn", "least squares", "bfloat16"],
 )
 def test_every_way_of_quantizing_goes_on(quantizer, options, run, tmp_path, monkeypatch):
     options = {"quantizer": quantizer, **options}
@@ -367,6 +371,10 @@ def test_other_settings_are_refused_and_named(run, text, tmp_path, monkeypatch, 
     for options, named in [
         ({"quantizer": Quantizer(bits=3)}, "BITS was 'ternary', is 3"),
         ({"quantizer": Quantizer(damping=0.2)}, "DAMPING was 0.1, is 0.2"),
+        (
+            {"quantizer": Quantizer(grid="least_squares", penalty=0.1)},
+            "GRID was 'minmax', is 'least_squares'.*LAMBDA was 0.0, is 0.1",
+        ),
         ({"num_samples": 17}, "calibration samples .* was '16 with .*, is '17 with"),
         ({"text": dataclasses.replace(text, seed=1)}, "calibration samples"),
         ({"store_dtype": "float32"}, "STORE_DTYPE was 'bfloat16', is 'float32'"),
