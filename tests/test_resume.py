@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import pytest
@@ -26,7 +25,7 @@ from qmoe_jax.calibration.text import Text
 from qmoe_jax.checkpoints import packed
 from qmoe_jax.checkpoints.errors import CheckpointError
 from qmoe_jax.quantization.quantizer import Quantizer
-from qmoe_jax.runs import compress, groups, layer_experts, resume, snapshots
+from qmoe_jax.runs import compress, groups, layer_experts, resume
 
 # Every write that is to last ends in one of these.
 SITES = ("fsync", "replace", "posix_fallocate")
@@ -259,50 +258,6 @@ def test_committed_groups_are_applied_in_parts_that_fit(run, whole, tmp_path, mo
     assert report.losses == whole[1]
     tokens = [layer.tokens for layer in report.layers]
     assert tokens == [layer["tokens"] for layer in whole[4]]
-
-
-@pytest.mark.parametrize("stack", ["encoder", "decoder"])
-def test_stopped_while_activations_are_written(stack, run, whole, tmp_path, monkeypatch):
-    """The next block has committed all its groups; neither it nor its start is on disk."""
-    committed, commit_group, take = [], resume.commit_group, snapshots.take
-    waited, solved, solve = threading.Event(), [], groups.solve
-
-    def commit(output, processes, of, layer, group):
-        commit_group(output, processes, of, layer, group)
-        if (of, layer) == (stack, 3):
-            committed.append(group.start)
-            if group.stop == 8:
-                waited.set()
-
-    def late(data, file):
-        if file.name.endswith(f"{stack}.layers_2.bin"):
-            assert waited.wait(60)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-        return take(data, file)
-
-    with monkeypatch.context() as inner:
-        inner.setattr(resume, "commit_group", commit)
-        inner.setattr(snapshots, "take", late)
-        with pytest.raises(OSError, match=rf"No space.*{stack}\.layers_2"):
-            run(tmp_path / "out")
-    assert sorted(committed) == [0, 3, 6]
-    assert '"layer": 1' in last_block(tmp_path / "out")
-    monkeypatch.setattr(
-        groups,
-        "solve",
-        lambda *given: (solved.append((given[2].stack, given[3])), solve(*given))[1],
-    )
-    assert result(tmp_path / "out", run(tmp_path / "out")) == whole
-    assert (stack, 3) not in solved
-
-
-def test_activations_in_memory_are_written_beside_the_rest(run, whole, tmp_path):
-    report = run(tmp_path / "out")
-    assert {phase for phase in report.seconds if "snapshots" in phase} == {
-        "snapshots, beside the rest"
-    }
-    report = run(tmp_path / "mapped", compute={"buffer_dir": str(tmp_path / "buffers")})
-    assert {phase for phase in report.seconds if "snapshots" in phase} == {"snapshots"}
 
 
 @pytest.mark.parametrize("mapped", [False, True], ids=["memory", "mapped"])

@@ -13,15 +13,14 @@ Whatever stops a run, the same command goes on after the last group of experts t
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import rich.console
 
 from qmoe_jax import report as reports
-from qmoe_jax.calibration import pipeline, text, walk
+from qmoe_jax.calibration import text, walk
 from qmoe_jax.calibration.text import Samples, Text
 from qmoe_jax.calibration.walk import Activations, SampleLosses
 from qmoe_jax.checkpoints import array_files, packed, source, vocabulary
@@ -308,15 +307,13 @@ def compress_blocks(run: Run) -> tuple[list[LayerRecord], dict[str, SampleLosses
     for stack in STACKS:
         states = {}  # frees the encoder's buffers, but for its outputs
         first, states = dense_parts.begin(run, stack, followed, outer, encoded)
-        with pipeline.write_behind(depth=1) as write:
-            for layer in range(first, configs.num_layers(config, stack)):
-                states, record = compress_block(run, stack, layer, outer, states)
-                if record is not None:
-                    layers[stack, layer] = record
-                _finish_block(run, stack, layer, record, states, write)
-            followed = tracks.followed(run.tracks, states)
-            with progress.timed(run.shown, "dense part"):
-                encoded = dense_parts.finish(run, followed, outer, states)
+        for layer in range(first, configs.num_layers(config, stack)):
+            states, record = compress_block(run, stack, layer, outer, states)
+            if record is not None:
+                layers[stack, layer] = record
+        followed = tracks.followed(run.tracks, states)
+        with progress.timed(run.shown, "dense part"):
+            encoded = dense_parts.finish(run, followed, outer, states)
     with progress.timed(run.shown, "losses"):
         losses = {t.version: dense_parts.losses(run, t, outer, states[t.name]) for t in followed}
     return list(layers.values()), losses
@@ -329,7 +326,7 @@ def compress_block(
     outer: list[VersionParams],
     states: Mapping[str, Activations],
 ) -> tuple[dict[str, Activations], LayerRecord | None]:
-    """One block: the dense part, then its experts, if it has any."""
+    """One block: the dense part, then its experts, if it has any; committed at the end."""
     begun = time.perf_counter()
     config = run.original.config
     block = make_block(config, stack, layer, run.formats.dtype)
@@ -349,35 +346,12 @@ def compress_block(
     _commit_params(run, f"{stack}.layers_{layer}", stored)
     left = tracks.still_needed(config, stack, layer, states)
     states = {name: walk.advance(state) for name, state in left.items()}
+    with progress.timed(run.shown, timeline.SNAPSHOTS):
+        resume.finish_block(
+            run.output, run.processes, stack, layer, record, states, run.shown.seconds
+        )
     progress.line(run.shown, f"{where}: {tokens:,} tokens, {time.perf_counter() - begun:.1f} s")
     return states, record
-
-
-def _finish_block(
-    run: Run,
-    stack: Stack,
-    layer: int,
-    record: LayerRecord | None,
-    states: dict[str, Activations],
-    write: Callable[..., Future],
-) -> None:
-    """Keeps what comes out of a block; of buffers in memory while the next block reads them.
-
-    The next block writes to the other buffers, and the one after it waits for this to end. Mapped
-    buffers are their own snapshots, and several processes do it together: these do it at once.
-    """
-    beside = run.processes.alone and run.buffer_dir is None
-    phase = f"{timeline.SNAPSHOTS}{reports.BESIDE}" if beside else timeline.SNAPSHOTS
-    seconds = dict(run.shown.seconds)
-
-    def finish() -> None:
-        with progress.timed(run.shown, phase):
-            resume.finish_block(run.output, run.processes, stack, layer, record, states, seconds)
-
-    if beside:
-        write(finish)
-    else:
-        finish()
 
 
 def _commit_params(run: Run, name: str, stored: dict[str, np.ndarray]) -> None:

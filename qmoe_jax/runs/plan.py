@@ -236,7 +236,7 @@ def _measured(
         config, dict(wanted.calibration), dict(wanted.validation), wanted.versions
     )
     read = how.source_bytes * needs.expert_weights(config)
-    return rehearsal.estimate(rates, amounts, read, how.num_devices, how.mapped)
+    return rehearsal.estimate(rates, amounts, read, how.num_devices)
 
 
 def _pages(made: Plan, samples: dict[str, int], lengths: dict[Stack, int]) -> list[Any]:

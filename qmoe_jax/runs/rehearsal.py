@@ -24,7 +24,6 @@ from qmoe_jax.checkpoints.t5x_experts import ExpertGroup
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.quantization.quantizer import Quantizer
-from qmoe_jax.report import BESIDE
 from qmoe_jax.runs import compress, machine, tracks, work
 from qmoe_jax.runs.compress import Compute
 from qmoe_jax.runs.groups import Formats
@@ -135,30 +134,30 @@ def rehearse(
 
 
 def estimate(
-    rates: Rates, wanted: dict[str, float], read_bytes: int, devices: int, mapped: bool
+    rates: Rates, wanted: dict[str, float], read_bytes: int, devices: int
 ) -> dict[str, float]:
-    """Seconds by phase; "all" is the run's, in which some go on beside the rest.
+    """Seconds by phase; "all" is the run's, in which reading and packing go on beside the rest.
 
     Args:
       rates: measured on one device.
       wanted: `amounts` of the run.
       read_bytes: of the checkpoint.
       devices: that share the work.
-      mapped: buffers are files, whose snapshots are taken at once, not beside the rest.
     """
     own = {
         name: wanted[name] / rates.by_phase[name] / (1 if name == "snapshots" else devices)
         for name in wanted
         if name in rates.by_phase
     }
-    beside = {
-        f"reading{BESIDE}": read_bytes / rates.read if rates.read else 0.0,
-        f"packing{BESIDE}": own.pop("pack", 0.0),
+    reading = read_bytes / rates.read if rates.read else 0.0
+    packing = own.pop("pack", 0.0)
+    main = sum(own.values())
+    return own | {
+        "compilation": rates.compile_seconds,
+        "reading, beside the rest": reading,
+        "packing, beside the rest": packing,
+        "all": rates.compile_seconds + max(main, reading, packing),
     }
-    if not mapped:
-        beside[f"snapshots{BESIDE}"] = own.pop("snapshots", 0.0)
-    every = rates.compile_seconds + max(sum(own.values()), *beside.values())
-    return own | {"compilation": rates.compile_seconds} | beside | {"all": every}
 
 
 def read_rate(source: Source) -> float | None:

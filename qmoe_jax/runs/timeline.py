@@ -32,9 +32,9 @@ def overlap(spans: Iterable[Span]) -> dict[str, Any]:
     """How long a run took and how long each of its stages was at work, in seconds.
 
     The device's stage is what the main thread did, which waits for each of its steps, but for
-    snapshots of mapped buffers; the others have threads of their own. A stage is at work when any
-    of its threads is: several devices are one stage. A run can be no faster than its slowest stage.
-    `busy_fraction` is the devices' share of the time.
+    snapshots; the others have threads of their own. A stage is at work when any of its threads is:
+    several devices are one stage. A run can be no faster than its slowest stage. `busy_fraction` is
+    the devices' share of the time.
     """
     spans = list(spans)
     if not spans:
