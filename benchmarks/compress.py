@@ -31,6 +31,7 @@ from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import STACKS, Stack, SwitchConfig
 from qmoe_jax.quantization import gptq
 from qmoe_jax.quantization.quantizer import Quantizer
+from qmoe_jax.report import Report
 from qmoe_jax.runs import compress, devices, work
 from qmoe_jax.runs.groups import Formats
 
@@ -85,23 +86,11 @@ def benchmark_walk() -> None:
             compiling.append(duration_secs)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    float32 = np.dtype(np.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = t5x_writer.save(folder, random_params(PUBLISHED), step=0)
         compiling.clear()
         start = time.perf_counter()
-        report = compress.compress_samples(
-            source.open_source(path),
-            random_samples(CALIBRATION, VALIDATION),
-            str(pathlib.Path(folder, "packed")),
-            quantizer=Quantizer(),
-            formats=Formats("qmoe", float32, float32),
-            compute=compress.Compute(),
-            compare_round_to_nearest=False,
-            text_settings={},
-            dry_run=False,
-            console=rich.console.Console(),
-        )
+        report = compress_random(path, folder, CALIBRATION, rich.console.Console())
         spent, compiled = time.perf_counter() - start, sum(compiling)
     rates += [2.0 * 4096**3 / seconds(matmul) for _ in range(3)]
     rate = statistics.median(rates)
@@ -158,6 +147,25 @@ def random_params(config: SwitchConfig) -> dict[str, np.ndarray]:
             fan_in = 1 if name.endswith("embedding") else shape[-2]
             params[name] = rng.standard_normal(shape, np.float32) / np.float32(np.sqrt(fan_in))
     return params
+
+
+def compress_random(
+    path: pathlib.Path, folder: str, calibration: int, console: rich.console.Console
+) -> Report:
+    """Compresses a checkpoint with so many random samples, in float32, into `folder`."""
+    float32 = np.dtype(np.float32)
+    return compress.compress_samples(
+        source.open_source(path),
+        random_samples(calibration, VALIDATION),
+        str(pathlib.Path(folder, "packed")),
+        quantizer=Quantizer(),
+        formats=Formats("qmoe", float32, float32),
+        compute=compress.Compute(),
+        compare_round_to_nearest=False,
+        text_settings={},
+        dry_run=False,
+        console=console,
+    )
 
 
 def random_samples(calibration: int, validation: int) -> Samples:

@@ -19,16 +19,13 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any, TypeVar
 
 import compress as walk
-import numpy as np
 import rich.console
 
-from qmoe_jax.checkpoints import source, t5x_writer
+from qmoe_jax.checkpoints import t5x_writer
 from qmoe_jax.models import config as configs
 from qmoe_jax.models.config import SwitchConfig
-from qmoe_jax.quantization.quantizer import Quantizer
 from qmoe_jax.report import Report
-from qmoe_jax.runs import compress, devices, plan
-from qmoe_jax.runs.groups import Formats
+from qmoe_jax.runs import devices, plan
 from qmoe_jax.runs.plan import Plan
 
 T = TypeVar("T")
@@ -89,20 +86,9 @@ def planned(path: str, calibration: int) -> Plan:
 
 def ran(path: str, folder: str, calibration: int) -> tuple[float, Report]:
     """Seconds of the run, and its report."""
-    float32 = np.dtype(np.float32)
     begun = time.perf_counter()
-    report = compress.compress_samples(
-        source.open_source(path),
-        walk.random_samples(calibration, walk.VALIDATION),
-        str(pathlib.Path(folder, "packed")),
-        quantizer=Quantizer(),
-        formats=Formats("qmoe", float32, float32),
-        compute=compress.Compute(),
-        compare_round_to_nearest=False,
-        text_settings={},
-        dry_run=False,
-        console=rich.console.Console(file=io.StringIO()),
-    )
+    console = rich.console.Console(file=io.StringIO())
+    report = walk.compress_random(pathlib.Path(path), folder, calibration, console)
     return time.perf_counter() - begun, report
 
 

@@ -9,7 +9,7 @@ encoder's result. Each batch is computed while the one before it is copied back 
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -48,7 +48,7 @@ class Activations:
 
     stack: Stack
     samples: SampleSet
-    batches: Sequence[Batch]
+    batches: list[Batch]
     current: TokenBuffer  # A: the committed input of the next block
     updated: TokenBuffer  # B: its output, once the dense part and all experts have run
     encoded: TokenBuffer | None  # the finished encoder outputs, in the decoder's walk

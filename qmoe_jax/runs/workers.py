@@ -8,9 +8,9 @@ computes is what any other would.
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import jax
 
@@ -31,28 +31,16 @@ class Worker:
         return Share(items[self.place :: self.count], self.stopped)
 
 
-@dataclasses.dataclass(frozen=True)
-class Share(Sequence[T]):
+class Share(list[T]):
     """A worker's items; a loop over them ends early where another worker has failed."""
 
-    items: Sequence[T]
-    stopped: threading.Event
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[T]: ...
-
-    def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        return self.items[index]
+    def __init__(self, items: Iterable[T], stopped: threading.Event):
+        super().__init__(items)
+        self._stopped = stopped
 
     def __iter__(self) -> Iterator[T]:
-        for item in self.items:
-            if self.stopped.is_set():
+        for item in super().__iter__():
+            if self._stopped.is_set():
                 return
             yield item
 
